@@ -93,7 +93,7 @@ def as_loader(
     if isinstance(data, DataLoader):
         return _checked(data, check)
     collate: Callable[[Any], Any]
-    if isinstance(data, (tuple, list)):
+    if isinstance(data, (tuple, list, _Arrays)):
         dataset: Any = _Arrays.of(data, check)
         collate = _same
     elif _is_map_style(data):
@@ -212,9 +212,8 @@ def _checked(loader: DataLoader[Any], check: _Check) -> DataLoader[Batch]:
         loader.collate_fn.collate if isinstance(loader.collate_fn, _Collate) else loader.collate_fn
     )
     copied = copy.copy(loader)
-    if collate is _same:
-        arrays = loader.dataset
-        check(arrays.inputs, arrays.targets)  # type: ignore[attr-defined]
+    if isinstance(loader.dataset, _Arrays):
+        _Arrays.of(loader.dataset, check)
     else:
         copied.collate_fn = _Collate(collate, check)
     # The workers of a persistent iterator belong to the loader copied from.
@@ -235,6 +234,8 @@ class _Arrays(Dataset[Batch]):
 
     @classmethod
     def of(cls, data: Any, check: _Check) -> "_Arrays":
+        if isinstance(data, _Arrays):
+            return cls(*check(data.inputs, data.targets))
         if len(data) != 2:
             raise check.error(
                 f"a {type(data).__name__} of {len(data)}", "a pair of arrays (inputs, targets)"

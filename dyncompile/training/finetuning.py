@@ -1,0 +1,299 @@
+"""Fine-tuning of a dynamic model on Lightning's Trainer."""
+
+import contextlib
+import logging
+import random
+import signal
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader
+
+from dyncompile.data import Batch, as_loader, call
+from dyncompile.errors import ArgumentError, require
+from dyncompile.training.losses import class_dim
+from dyncompile.training.objectives import Distillation, LearnedConfidence, Objective
+from dyncompile.training.parts import Mode, learning, preserved
+
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+
+# What Lightning says about choices that are made on purpose here, or that are the user's.
+_HINTS = (
+    r".*does not have many workers",
+    r"Found \d+ module\(s\) in eval mode",
+    r"The number of training batches .* is smaller than the logging interval",
+    r"Checkpoint directory .* exists and is not empty",
+    r".* available but not used",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult:
+    """What fine-tuning did.
+
+    Attributes:
+        history: One dict per epoch, those before a resumption included: `epoch` (from 1),
+            `train/loss` and its parts, and with validation data `val/loss`, its parts, and
+            `val/accuracy/<exit>`, in regression `val/mse/<exit>`.
+        best_epoch: The epoch with the lowest validation loss; without validation data the last.
+        checkpoint: The last checkpoint, None where nothing was kept.
+    """
+
+    history: tuple[dict[str, float], ...]
+    best_epoch: int
+    checkpoint: Path | None
+
+    def __str__(self) -> str:
+        shown = ("epoch", "train/loss", "val/loss", "val/accuracy/", "val/mse/")
+        names = [name for name in self.history[-1] if name.startswith(shown)]
+        rows = [names, *([f"{epoch[name]:.4g}" for name in names] for epoch in self.history)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+            for row in rows
+        )
+
+
+def finetune(
+    dyn: nn.Module,
+    train_data: Any,
+    val_data: Any = None,
+    *,
+    epochs: int = 3,
+    mode: Mode = "heads",
+    objective: Objective | None = None,
+    lr: float = 2e-3,
+    optimizer: Callable[[list[dict[str, Any]]], Optimizer] = torch.optim.AdamW,
+    batch_size: int = 64,
+    precision: Precision = "32-true",
+    accelerator: str = "auto",
+    devices: int | str | list[int] = 1,
+    strategy: str = "auto",
+    num_nodes: int = 1,
+    directory: str | Path | None = None,
+    resume: bool = False,
+    patience: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    **trainer_options: Any,
+) -> TrainingResult:
+    """Train the exits and gates of a dynamic model, or all of it, in place.
+
+    Runs on Lightning's Trainer. Mode, device, `requires_grad` flags and the global random state are
+    afterwards as they were, also after Ctrl-C or an error. The learning rate falls to 0 along half
+    a cosine.
+
+    Args:
+        dyn: A dynamic model.
+        train_data: What `dyncompile.data.as_loader` takes. Arrays and datasets are shuffled.
+        val_data: The same; loss and the accuracy of every exit are measured after each epoch.
+        epochs: Passes over the training data, in all: those before a resumption count.
+        mode: "heads" trains what passes inserted; parameters, batch norm statistics and dropout of
+            the backbone are frozen. "joint" trains every parameter that requires a gradient.
+        objective: Loss of a trace. Default: `Distillation()`, which is multi-exit with distillation
+            from the full depth; in regression with `LearnedConfidence()`.
+        lr: Learning rate of what was inserted; the backbone's is a tenth of it.
+        optimizer: Makes the optimizer from parameter groups that carry their `lr`.
+        batch_size: Samples per batch and process, for data that is not a DataLoader.
+        precision: Of the computation; weights stay as they are.
+        accelerator: As in Lightning, like `devices`, `strategy` and `num_nodes`.
+        devices: How many, which, or "auto" for all. Each runs a process of its own: the strategy
+            "ddp" starts the user's script again for every further one.
+        strategy: How the processes work together.
+        num_nodes: Machines; they need a common `directory`.
+        directory: Where `last.ckpt`, `best.ckpt` and logs (CSV, TensorBoard) go. None: nowhere.
+        resume: Continue from `last.ckpt`, if there is one, with the result of a run that was never
+            interrupted. It is written after each epoch; one that was cut short is repeated.
+        patience: Stop after so many epochs without a lower validation loss, and keep the weights of
+            the best epoch. None: run all, and keep the last.
+        seed: Of the order of samples and all random numbers.
+        progress: Show a progress bar.
+        **trainer_options: Further arguments of Lightning's Trainer, such as `gradient_clip_val`.
+
+    Raises:
+        ArgumentError: An argument has no usable value, nothing can be trained, or the checkpoint to
+            resume from belongs to another model, mode or seed.
+        DataError: See `as_loader`; or labels do not fit the model's predictions.
+        MissingExtraError: Lightning or TensorBoard is not installed (extra `train`).
+    """
+    for name, value in (("epochs", epochs), ("patience", patience)):
+        if value is not None and value < 1:
+            raise ArgumentError(name, found=value, expected="at least 1")
+    for name, choice, choices in (("mode", mode, Mode), ("precision", precision, Precision)):
+        if choice not in get_args(choices):
+            raise ArgumentError(name, found=repr(choice), expected=f"one of {get_args(choices)}")
+    if not lr > 0:
+        raise ArgumentError("lr", found=lr, expected="a number above 0")
+    if patience is not None and val_data is None:
+        raise ArgumentError("patience", found=patience, expected="val_data beside it")
+    if directory is None and (resume or num_nodes > 1):
+        raise ArgumentError(
+            "directory", found=None, expected="a path, for resume and for several nodes"
+        )
+    require("lightning.pytorch", extra="train")
+    from dyncompile.training.lightning_module import FineTuning
+
+    if objective is None:
+        objective = Distillation()
+        if dyn.task == "regression":
+            objective += LearnedConfidence()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_quiet())
+        stack.enter_context(_own_randomness())
+        stack.enter_context(learning(dyn, mode))
+        where = Path(directory or stack.enter_context(tempfile.TemporaryDirectory()))
+        data: dict[str, Any] = {"batch_size": batch_size, "ignore_index": objective.ignore_index}
+        data["classes"] = _classes(dyn, as_loader(train_data, argument="train_data", **data))
+        module = FineTuning(
+            dyn,
+            objective,
+            train_loader=_source(
+                train_data, argument="train_data", shuffle=True, seed=seed, **data
+            ),
+            val_loader=None if val_data is None else _source(val_data, argument="val_data", **data),
+            mode=mode,
+            optimizer=optimizer,
+            lr=lr,
+            seed=seed,
+        )
+        trainer = _trainer(
+            where,
+            log=directory is not None,
+            validated=val_data is not None,
+            patience=patience,
+            max_epochs=epochs,
+            precision=precision,
+            accelerator=accelerator,
+            devices=devices,
+            strategy=strategy,
+            num_nodes=num_nodes,
+            enable_progress_bar=progress,
+            **trainer_options,
+        )
+        last = where / "last.ckpt"
+        _fit(trainer, module, last if resume and last.exists() else None)
+        return _finish(trainer, module, keep=directory is not None, best=patience is not None)
+
+
+def _classes(dyn: Any, loader: DataLoader[Batch]) -> int | None:
+    """Number of classes, by asking the model about the first batch; None in regression."""
+    if dyn.task == "regression":
+        return None
+    device = next(dyn.parameters()).device
+    inputs, targets = tree_map_only(torch.Tensor, lambda t: t.to(device), next(iter(loader)))
+    with preserved(dyn), torch.no_grad():
+        final = call(dyn.eval().trace, inputs).final
+    return int(final.shape[class_dim(final, targets)])
+
+
+def _source(data: Any, *, argument: str, **options: Any) -> Callable[[int, int], DataLoader[Batch]]:
+    """Checks the data now, and makes the loader of each process when it is there."""
+    checked = as_loader(data, argument=argument, **options)
+    source = data if isinstance(data, DataLoader) else checked.dataset
+    return lambda replicas, rank: as_loader(
+        source, argument=argument, replicas=replicas, rank=rank, **options
+    )
+
+
+def _trainer(
+    where: Path, *, log: bool, validated: bool, patience: int | None, **options: Any
+) -> Any:
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+    callbacks: list[Any] = [
+        ModelCheckpoint(
+            where,
+            filename="best",
+            monitor="val/loss" if validated else None,
+            save_top_k=int(validated),
+            save_last=True,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+    ]
+    if patience is not None:
+        callbacks.append(EarlyStopping("val/loss", patience=patience))
+    loggers: list[Any] = []
+    if log:
+        require("tensorboard", extra="train")
+        loggers = [CSVLogger(where, name="csv"), TensorBoardLogger(where, name="tensorboard")]
+    return Trainer(
+        callbacks=[*callbacks, *options.pop("callbacks", [])],
+        logger=options.pop("logger", loggers),
+        default_root_dir=where,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=options.pop("log_every_n_steps", 10),
+        **options,
+    )
+
+
+def _fit(trainer: Any, module: Any, checkpoint: Path | None) -> None:
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit(module, ckpt_path=checkpoint)
+    except SystemExit as stop:
+        # After an interrupt Lightning ignores further ones and leaves; the caller decides that.
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, on_interrupt)
+            raise KeyboardInterrupt from None
+        raise
+
+
+def _finish(trainer: Any, module: Any, *, keep: bool, best: bool) -> TrainingResult:
+    """Read what was done off the checkpoints: strategies that fork train in other processes."""
+    where = Path(trainer.checkpoint_callback.dirpath)
+    last = where / "last.ckpt"
+    history = torch.load(last, map_location="cpu", weights_only=True)["dyncompile"]["history"]
+    if best:
+        state = torch.load(where / "best.ckpt", map_location="cpu", weights_only=True)
+        module.load_state_dict(state["state_dict"])
+    trainer.strategy.barrier()  # before anyone removes a temporary directory
+    losses = [epoch.get("val/loss", -epoch["epoch"]) for epoch in history]
+    return TrainingResult(
+        history=tuple(history),
+        best_epoch=1 + losses.index(min(losses)),
+        checkpoint=last if keep else None,
+    )
+
+
+@contextlib.contextmanager
+def _own_randomness() -> Iterator[None]:
+    """The global generators go on afterwards as if nothing had been drawn."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Lightning's greetings, hints, and deprecations of what it calls itself."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        with warnings.catch_warnings():
+            for message in _HINTS:
+                warnings.filterwarnings("ignore", message=message)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,172 @@
+"""Fine-tuning as Lightning runs it; `finetune` imports this late, because it loads Lightning."""
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+
+from dyncompile.data import Batch, call
+from dyncompile.errors import ArgumentError
+from dyncompile.training.losses import score
+from dyncompile.training.objectives import Objective
+from dyncompile.training.parts import Mode, parameter_groups, set_training
+
+
+class FineTuning(LightningModule):
+    """A dynamic model with its objective and data.
+
+    The order of samples and all random numbers are functions of seed, epoch, batch and process, so
+    a run that resumes at an epoch repeats what an uninterrupted one does.
+    """
+
+    def __init__(
+        self,
+        dyn: nn.Module,
+        objective: Objective,
+        *,
+        train_loader: Callable[[int, int], DataLoader[Batch]],
+        val_loader: Callable[[int, int], DataLoader[Batch]] | None,
+        mode: Mode,
+        optimizer: Callable[[list[dict[str, Any]]], Optimizer],
+        lr: float,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.dyn: Any = dyn
+        self.objective = objective
+        self.loaders = {"train": train_loader, "val": val_loader}
+        self.mode = mode
+        self.optimizer = optimizer
+        self.lr = lr
+        self.seed = seed
+        self.history: list[dict[str, float]] = []
+        self._worker_seeds = torch.Generator()
+        self._order: torch.Generator | None = None  # the user's own, where a loader brings one
+        self._order_state: Tensor | None = None
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer, and a learning rate that changes with each step."""
+        optimizer = self.optimizer(parameter_groups(self.dyn, self.lr))
+        # The number of batches is known only after this, and infinite until then.
+        schedule = LambdaLR(optimizer, self._cosine)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def _cosine(self, step: int) -> float:
+        batches = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        total = (self.trainer.max_epochs or 1) * batches
+        return 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / total))
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """The share of this process."""
+        assert self.loaders["train"] is not None
+        loader = self.loaders["train"](self.trainer.world_size, self.trainer.global_rank)
+        loader.generator = self._worker_seeds
+        self._order = getattr(loader.sampler, "generator", None)
+        if self._order is not None and self._order_state is not None:
+            self._order.set_state(self._order_state)
+        # When resuming, Lightning starts the workers here, before the epoch starts.
+        self._reseed()
+        return loader
+
+    def val_dataloader(self) -> Any:
+        """The share of this process; nothing without validation data."""
+        make = self.loaders["val"]
+        return [] if make is None else make(self.trainer.world_size, self.trainer.global_rank)
+
+    def _reseed(self, *place: int) -> None:
+        # `completed`, which `current_epoch` reads, lags behind while Lightning resumes.
+        progress: Any = self.trainer.fit_loop.epoch_progress.current
+        state = np.random.SeedSequence([self.seed, progress.processed, *place]).generate_state(2)
+        torch.manual_seed(int(state[0]))
+        np.random.seed(state[0])  # noqa: NPY002 - augmentations draw from the global state
+        random.seed(int(state[0]))
+        if not place:
+            self._worker_seeds.manual_seed(int(state[1]))
+
+    def on_train_epoch_start(self) -> None:
+        """Set what the epoch starts from, whatever ran before."""
+        set_training(self.dyn, self.mode)
+        self._reseed()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+        """Give the step random numbers of its own."""
+        self._reseed(batch_idx, self.global_rank)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
+        """The loss of a batch."""
+        loss = self._loss(batch, "train")
+        self.log("loss", loss.detach(), prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+        """Measure loss and every exit."""
+        self._loss(batch, "val")
+
+    def _loss(self, batch: Batch, stage: str) -> Tensor:
+        inputs, targets = batch
+        trace = call(self.dyn.trace, inputs)
+        if self.dyn.task == "regression":
+            targets = targets.to(trace.final.dtype)
+        parts = self.objective.parts(trace, targets, inputs)
+        loss = torch.stack(list(parts.values())).sum()
+        for name, value in {"loss": loss, **parts}.items():
+            self._log_epoch(f"{stage}/{name}", value, len(targets))
+        if stage == "val":
+            metric = "mse" if targets.is_floating_point() else "accuracy"
+            for name, prediction in {**trace.exits, "final": trace.final}.items():
+                value, count = score(prediction, targets, self.objective.ignore_index)
+                self._log_epoch(f"val/{metric}/{name}", value, count)
+        return loss
+
+    def _log_epoch(self, name: str, value: Tensor, count: int) -> None:
+        self.log(
+            name, value.detach(), on_step=False, on_epoch=True, batch_size=count, sync_dist=True
+        )
+
+    def on_train_epoch_end(self) -> None:
+        """Keep what was measured, before Lightning writes the checkpoint."""
+        measured = {
+            name: float(value)
+            for name, value in self.trainer.callback_metrics.items()
+            if name.startswith(("train/", "val/"))
+        }
+        self.history.append({"epoch": len(self.history) + 1, **measured})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what a resumption needs besides weights and optimizer."""
+        checkpoint["dyncompile"] = {
+            "history": self.history,
+            "mode": self.mode,
+            "seed": self.seed,
+            "order": None if self._order is None else self._order.get_state(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse what was made otherwise; else continue its history."""
+        state = checkpoint.get("dyncompile", {})
+        for name in ("mode", "seed"):
+            if state.get(name) != getattr(self, name):
+                raise ArgumentError(
+                    name,
+                    found=repr(getattr(self, name)),
+                    expected=f"{state.get(name)!r}, with which the checkpoint was made",
+                )
+        if checkpoint["state_dict"].keys() != self.state_dict().keys():
+            raise ArgumentError(
+                "directory",
+                found="a checkpoint of another model",
+                expected="one of this model, or resume=False",
+            )
+        self.history = state["history"]
+        self._order_state = state["order"]

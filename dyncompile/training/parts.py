@@ -1,0 +1,88 @@
+"""Which parts of a dynamic model learn, and how the model gets back to what it was."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from torch import nn
+
+from dyncompile.errors import ArgumentError
+
+Mode = Literal["heads", "joint"]
+
+INSERTED = ("exits", "gates")
+"""The children of a dynamic model that passes inserted; the others are its backbone."""
+
+BACKBONE_LR = 0.1
+"""Learning rate of the backbone over that of what is inserted, which starts from random weights."""
+
+
+def set_training(dyn: nn.Module, mode: Mode) -> None:
+    """Put a dynamic model into training mode.
+
+    With "heads" the backbone stays in evaluation mode, so that the statistics of its batch norms do
+    not move and its dropout does not blur the features that heads are trained on.
+    """
+    dyn.train()
+    if mode == "heads":
+        for name, child in dyn.named_children():
+            if name not in INSERTED:
+                child.eval()
+
+
+def parameter_groups(dyn: nn.Module, lr: float) -> list[dict[str, Any]]:
+    """The parameters that require a gradient, those of the backbone at a tenth of `lr`."""
+    inserted = _inserted(dyn)
+    groups = []
+    for rate, chosen in ((lr, True), (BACKBONE_LR * lr, False)):
+        learning = [p for p in dyn.parameters() if p.requires_grad and (p in inserted) is chosen]
+        if learning:
+            groups.append({"params": learning, "lr": rate})
+    return groups
+
+
+@contextlib.contextmanager
+def learning(dyn: nn.Module, mode: Mode) -> Iterator[None]:
+    """Let the parameters of a mode learn; then restore flags, modes and device, whatever happened.
+
+    Raises:
+        ArgumentError: Nothing could learn.
+    """
+    with preserved(dyn):
+        inserted = _inserted(dyn)
+        if mode == "heads":
+            for parameter in dyn.parameters():
+                parameter.requires_grad_(parameter.requires_grad and parameter in inserted)
+        if not any(parameter.requires_grad for parameter in dyn.parameters()):
+            raise ArgumentError(
+                "mode",
+                found=f"{mode!r} for a model without parameters that it could train",
+                expected="some that require a gradient; 'heads' needs exits or gates",
+            )
+        yield
+
+
+@contextlib.contextmanager
+def preserved(dyn: nn.Module) -> Iterator[None]:
+    """Restore device, `requires_grad` flags and each module's mode; leave no gradients behind."""
+    device = next(dyn.parameters()).device
+    modes = [(module, module.training) for module in dyn.modules()]
+    required = [(parameter, parameter.requires_grad) for parameter in dyn.parameters()]
+    try:
+        yield
+    finally:
+        dyn.to(device)
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad in required:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = None
+
+
+def _inserted(dyn: nn.Module) -> set[nn.Parameter]:
+    return {
+        parameter
+        for name, child in dyn.named_children()
+        if name in INSERTED
+        for parameter in child.parameters()
+    }

@@ -1,0 +1,247 @@
+"""What a calibration found: printable, plottable, JSON, and applicable to a dynamic model."""
+
+import dataclasses
+import io
+import math
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from dyncompile.errors import ArgumentError, require
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from dyncompile.module import DynamicModule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExitSetting:
+    """One exit's setting and what it does to the held-out samples.
+
+    Attributes:
+        name: Name of the exit in `dyn.exits`.
+        threshold: The exit fires where its confidence is at least this, in [0, 1].
+        temperature: Temperature of its prediction.
+        enabled: Whether it is used; an exit that does not pay is not.
+        cost: Cost of a sample that leaves here, 1.0 = static model; None where it is not enabled.
+        share: Share of the samples that leave here.
+        accuracy: Accuracy on the samples that leave here; None where none does or where it is not
+            defined.
+    """
+
+    name: str
+    threshold: float
+    temperature: float
+    enabled: bool
+    cost: float | None
+    share: float
+    accuracy: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FrontierPoint:
+    """A threshold vector that the search considered, measured on the held-out samples.
+
+    Attributes:
+        cost: Expected cost per sample, 1.0 = static model.
+        risk: Mean loss.
+        accuracy: Accuracy of the dynamic model; None where it is not defined.
+        certified: Whether it passed the test against `max_drop`.
+    """
+
+    cost: float
+    risk: float
+    accuracy: float | None
+    certified: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Thresholds for every exit, and what is known about them.
+
+    Attributes:
+        exits: Settings by exit, in order of execution.
+        cost: Expected cost per sample, 1.0 = static model.
+        risk: Mean loss of the held-out samples.
+        bound: The expected loss is at most this with probability `confidence` over the draw of the
+            calibration data; None for "greedy", which guarantees nothing.
+        accuracy: Accuracy of the dynamic model on the held-out samples; None where it is not
+            defined.
+        static_accuracy: That of the full-depth model on the same samples.
+        frontier: The threshold vectors from which these were taken, from the safest to the
+            cheapest.
+        method: "ltt", "ucb" or "greedy".
+        unit: What cost was counted in, "flops" or "time".
+        max_drop: The risk asked for.
+        max_cost: The cost asked for.
+        confidence: Probability with which the bound holds.
+        design_samples: Samples that temperatures and candidates were chosen on.
+        held_out_samples: Samples that the candidates were tested and measured on.
+        seed: Seed of the split between them.
+    """
+
+    exits: tuple[ExitSetting, ...]
+    cost: float
+    risk: float
+    bound: float | None
+    accuracy: float | None
+    static_accuracy: float | None
+    frontier: tuple[FrontierPoint, ...]
+    method: str
+    unit: str
+    max_drop: float | None
+    max_cost: float | None
+    confidence: float
+    design_samples: int
+    held_out_samples: int
+    seed: int
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """Threshold by exit."""
+        return {setting.name: setting.threshold for setting in self.exits}
+
+    @property
+    def temperatures(self) -> dict[str, float]:
+        """Temperature by exit."""
+        return {setting.name: setting.temperature for setting in self.exits}
+
+    @property
+    def enabled(self) -> dict[str, bool]:
+        """Whether each exit is used."""
+        return {setting.name: setting.enabled for setting in self.exits}
+
+    def apply(self, dyn: "DynamicModule") -> None:
+        """Set the exits' buffers of a dynamic model, all or none.
+
+        Args:
+            dyn: A dynamic model with exits of these names.
+
+        Raises:
+            ArgumentError: Its exits have other names, a threshold is outside [0, 1] or a
+                temperature not positive.
+        """
+        names = [setting.name for setting in self.exits]
+        exits: Any = dyn.exits
+        if set(exits) != set(names):
+            raise ArgumentError(
+                "dyn", found=f"the exits {', '.join(exits) or 'none'}", expected=", ".join(names)
+            )
+        for setting in self.exits:
+            if not 0 <= setting.threshold <= 1:
+                raise ArgumentError(
+                    f"threshold of {setting.name}", found=setting.threshold, expected="in [0, 1]"
+                )
+            if not 0 < setting.temperature < math.inf:
+                raise ArgumentError(
+                    f"temperature of {setting.name}",
+                    found=setting.temperature,
+                    expected="above 0 and finite",
+                )
+        for setting in self.exits:
+            module = exits[setting.name]
+            module.threshold.fill_(setting.threshold)
+            module.temperature.fill_(setting.temperature)
+            module.enabled.fill_(setting.enabled)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as values that JSON can hold."""
+        return dataclasses.asdict(self)
+
+    def table(self) -> "Table":
+        """A rich table of the exits."""
+        from rich.table import Table
+
+        table = Table(title=self._title(), caption=self._summary())
+        for heading in ("exit", "threshold", "temperature", "cost", "leave here", "accuracy there"):
+            table.add_column(heading, justify="left" if heading == "exit" else "right")
+        for row in self.exits:
+            table.add_row(
+                row.name,
+                f"{row.threshold:.4f}" if row.enabled else "off",
+                f"{row.temperature:.2f}" if row.enabled else "",
+                "" if row.cost is None else f"{row.cost:.3f}",
+                f"{row.share:.1%}" if row.enabled else "",
+                "" if row.accuracy is None else f"{row.accuracy:.2%}",
+            )
+        table.add_row("final", "", "", "", f"{1 - sum(row.share for row in self.exits):.1%}", "")
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        text = io.StringIO()
+        Console(file=text, width=100).print(self.table())
+        return text.getvalue().rstrip()
+
+    def plot(self, target: Any = None) -> Any:
+        """Draw accuracy (or 1 - risk where it is not defined) over cost, with the chosen point.
+
+        Args:
+            target: Path of the picture to write, or matplotlib axes to draw on; None for new axes.
+
+        Returns:
+            The matplotlib axes.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        path = target if isinstance(target, (str, PathLike)) else None
+        axes = None if path is not None else target
+        if axes is None:
+            figure_module = require("matplotlib.figure", extra="report")
+            axes = figure_module.Figure(layout="constrained").add_subplot()
+        points = sorted(self.frontier, key=lambda point: point.cost)
+        for certified, label in ((False, "considered"), (True, "certified")):
+            drawn = [point for point in points if point.certified is certified]
+            if drawn:
+                axes.plot(
+                    [point.cost for point in drawn],
+                    [_quality(point.accuracy, point.risk) for point in drawn],
+                    ".",
+                    label=label,
+                )
+        if self.static_accuracy is not None:
+            axes.axhline(self.static_accuracy, color="gray", linestyle=":", label="static model")
+        axes.plot(self.cost, _quality(self.accuracy, self.risk), "*", markersize=14, label="chosen")
+        axes.set_xlabel(f"expected cost ({self.unit}, 1 = static model)")
+        axes.set_ylabel("1 - risk" if self.accuracy is None else "accuracy")
+        axes.legend()
+        if path is not None:
+            axes.figure.savefig(path)
+        return axes
+
+    def report(self, path: "str | PathLike[str]") -> None:
+        """Write the calibration as a self-contained HTML page.
+
+        Args:
+            path: File to write.
+
+        Raises:
+            MissingExtraError: jinja2 or matplotlib is not installed.
+        """
+        require("dyncompile.reporting", extra="report").write_report(self, path)
+
+    def _title(self) -> str:
+        asked = [] if self.max_drop is None else [f"risk <= {self.max_drop:g}"]
+        asked += [] if self.max_cost is None else [f"cost <= {self.max_cost:g}"]
+        return f"{self.method}: {', '.join(asked)}"
+
+    def _summary(self) -> str:
+        lines = [f"expected cost {self.cost:.3f} ({self.unit}), risk {self.risk:.4f}"]
+        if self.bound is None:
+            lines[0] += ", without a guarantee"
+            lines.append(f"chosen and measured on the same {self.held_out_samples} samples")
+        else:
+            lines[0] += f", at most {self.bound:.4f} with probability {self.confidence:g}"
+            lines.append(
+                f"designed on {self.design_samples} samples, measured on "
+                f"{self.held_out_samples} others"
+            )
+        if self.accuracy is not None and self.static_accuracy is not None:
+            lines.insert(1, f"accuracy {self.accuracy:.2%}, static {self.static_accuracy:.2%}")
+        return "\n".join(lines)
+
+
+def _quality(accuracy: float | None, risk: float) -> float:
+    return 1 - risk if accuracy is None else accuracy

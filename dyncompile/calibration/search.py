@@ -1,0 +1,183 @@
+"""Threshold vectors over all exits at once: from the safest to the cheapest.
+
+Thresholds are searched as *levels*: level `l` of an exit is the `l`-th quantile of its confidences,
+the level above the last quantile switches the exit off. For a price `w` of one loss (in static
+forward passes), coordinate descent minimises `sum(cost + w * loss)`: an exit's best level, given
+the others', follows exactly from one histogram. Sweeping `w` walks the trade-off between risk and
+cost.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dyncompile.calibration.risk import Array
+
+Levels = tuple[int, ...]
+CostOf = Callable[[tuple[bool, ...]], Array]
+"""Which exits are enabled -> cost of leaving at each exit and at the end, `[E + 1]`."""
+
+_PRICES = 48
+_STEPS = 4
+_REFINEMENTS = 3
+_SWEEPS = 6
+
+
+class ThresholdSpace:
+    """The threshold vectors that are considered, and what they do to samples.
+
+    Args:
+        confidence: Confidences of the samples that the search may look at, `[N, E]`.
+        cost_of: Cost by exit, for any set of enabled exits.
+        resolution: Quantiles per exit.
+    """
+
+    def __init__(
+        self, confidence: NDArray[np.float32], cost_of: CostOf, *, resolution: int = 200
+    ) -> None:
+        shares = np.linspace(0, 1, resolution)
+        # Quantiles that were observed, so that a threshold is exact in the model's own precision.
+        quantiles = np.quantile(confidence, shares, axis=0, method="inverted_cdf").T
+        # The lowest is 0, so that everything leaves there, unseen samples too.
+        self.grids = [np.unique(np.append(q[q > q.min()], np.float32(0))) for q in quantiles]
+        self.off: Levels = tuple(len(grid) for grid in self.grids)
+        self._cost_of = cache(cost_of)
+
+    def thresholds(self, levels: Levels) -> list[float]:
+        """Thresholds of a vector of levels; 1.0 where an exit is off."""
+        padded = [np.append(grid, np.float32(1)) for grid in self.grids]
+        return [float(grid[level]) for grid, level in zip(padded, levels, strict=True)]
+
+    def enabled(self, levels: Levels) -> tuple[bool, ...]:
+        """Which exits are on."""
+        return tuple(level < off for level, off in zip(levels, self.off, strict=True))
+
+    def costs(self, levels: Levels) -> Array:
+        """Cost of leaving at each exit and at the end, `[E + 1]`."""
+        return self._cost_of(self.enabled(levels))
+
+    def passed(self, confidence: NDArray[np.float32]) -> NDArray[np.int32]:
+        """How many thresholds of its grid each confidence reaches, `[N, E]`.
+
+        An exit fires where that is above its level.
+        """
+        columns = zip(self.grids, confidence.T, strict=True)
+        counts = [np.searchsorted(grid, column, side="right") for grid, column in columns]
+        return np.stack(counts, axis=1).astype(np.int32)
+
+    def leave(self, passed: NDArray[np.int32], levels: Levels) -> NDArray[np.intp]:
+        """Index of the exit at which each sample leaves, E for the end, `[N]`."""
+        fires = np.column_stack([passed > np.array(levels), np.ones(len(passed), dtype=bool)])
+        return np.asarray(fires.argmax(axis=1))
+
+    def outcome(
+        self, passed: NDArray[np.int32], losses: Array, levels: Levels
+    ) -> tuple[Array, Array]:
+        """Loss and cost of each sample under a vector of levels, `[N]` each."""
+        leave = self.leave(passed, levels)
+        return losses[np.arange(len(leave)), leave], self.costs(levels)[leave]
+
+    def descend(
+        self, passed: NDArray[np.int32], losses: Array, price: float, start: Levels
+    ) -> Levels:
+        """Coordinate descent on `sum(cost + price * loss)`, exact in each coordinate.
+
+        Args:
+            passed: What `passed` gave, `[N, E]`.
+            losses: Losses by exit and at the end, `[N, E + 1]`.
+            price: What one loss costs, in static forward passes.
+            start: Levels to start from.
+
+        Returns:
+            Levels that no change of one exit improves (or those reached after a few sweeps).
+        """
+        levels = list(start)
+        for _ in range(_SWEEPS):
+            before = tuple(levels)
+            self._sweep(passed, losses, price, levels)
+            if tuple(levels) == before:
+                break
+        return tuple(levels)
+
+    def _sweep(
+        self, passed: NDArray[np.int32], losses: Array, price: float, levels: list[int]
+    ) -> None:
+        samples, exits = passed.shape
+        fires = passed > np.array(levels)
+        arrives = np.column_stack(
+            [np.ones(samples, dtype=bool), ~np.logical_or.accumulate(fires, axis=1)]
+        )
+        leave = np.full(samples, exits)
+        for index in reversed(range(exits)):
+            here = arrives[:, index]
+            onward = price * losses[np.arange(samples), leave]
+            off = list(levels)
+            off[index] = self.off[index]
+            on = list(levels)
+            on[index] = 0
+            costs = self.costs(tuple(on))
+            stay = (costs[leave] + onward)[here]
+            gain = costs[index] + price * losses[here, index] - stay
+            histogram = np.bincount(
+                passed[here, index], weights=gain, minlength=self.off[index] + 1
+            )
+            # totals[l]: everything that passes more than l thresholds leaves here.
+            totals = histogram[::-1].cumsum()[::-1][1:] + stay.sum()
+            best = len(totals) - 1 - int(totals[::-1].argmin())  # the safest of equals
+            without = (self.costs(tuple(off))[leave] + onward)[here].sum()
+            levels[index] = best if totals[best] < without - 1e-9 * samples else self.off[index]
+            leave = np.where(passed[:, index] > levels[index], index, leave)
+
+    def path(self, passed: NDArray[np.int32], losses: Array) -> list[Levels]:
+        """Threshold vectors from the safest (all exits off) to the cheapest.
+
+        Along it the empirical risk of these samples never falls and their cost always does.
+
+        Args:
+            passed: What `passed` gave, `[N, E]`.
+            losses: Losses by exit and at the end, `[N, E + 1]`.
+
+        Returns:
+            Levels, all exits off first.
+        """
+        means = {v: self._means(passed, losses, v) for v in self._candidates(passed, losses)}
+        for _ in range(
+            _REFINEMENTS
+        ):  # coordinate descent finds convex corners; fill in between them
+            front = np.array(self._front(means))
+            between = np.linspace(front[:-1], front[1:], _STEPS + 1)[1:-1].reshape(
+                -1, len(self.off)
+            )
+            for levels in map(tuple, between.round().astype(int).tolist()):
+                means.setdefault(levels, self._means(passed, losses, levels))
+        return self._front(means)
+
+    def _front(self, means: dict[Levels, tuple[float, float]]) -> list[Levels]:
+        """By rising risk, each cheaper than all before it and none dearer than all exits off.
+
+        Of equal empirical risk the dearest comes first: on other samples it is likely the safest.
+        """
+        kept: list[Levels] = []
+        cheapest = np.nextafter(means[self.off][1], np.inf)
+        for (_, saving), levels in sorted(((risk, -cost), v) for v, (risk, cost) in means.items()):
+            if levels == self.off or -saving < min(cheapest, means[self.off][1]):
+                kept.append(levels)
+                cheapest = -saving
+        return kept
+
+    def _candidates(self, passed: NDArray[np.int32], losses: Array) -> Iterator[Levels]:
+        prices = np.geomspace(len(passed), 0.05, _PRICES)
+        for start, order in ((self.off, prices), ((0,) * len(self.off), prices[::-1])):
+            levels = start
+            yield levels
+            for price in order:
+                levels = self.descend(passed, losses, float(price), levels)
+                yield levels
+
+    def _means(
+        self, passed: NDArray[np.int32], losses: Array, levels: Levels
+    ) -> tuple[float, float]:
+        loss, cost = self.outcome(passed, losses, levels)
+        return float(loss.mean()), float(cost.mean())

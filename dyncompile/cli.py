@@ -1,0 +1,285 @@
+"""The command line, a thin layer over the API."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from dyncompile.errors import ArgumentError, DyncompileError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dyncompile.demo.datasets import Images
+
+app = typer.Typer(
+    help="Turn static PyTorch models into dynamic ones that really skip work.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="The static model: package.module:factory or file.py:factory, a callable that "
+        "returns an nn.Module.",
+        show_default=False,
+    ),
+]
+Folder = Annotated[
+    Path, typer.Argument(help="Folder of a converted model.", show_default=False, file_okay=False)
+]
+Data = Annotated[
+    str,
+    typer.Option(
+        help="digits, fashion-mnist, a folder of IDX files, imagefolder:DIR, or file.py:factory, "
+        "a callable that returns dyncompile.demo.datasets.Images."
+    ),
+]
+Strategy = Annotated[list[str], typer.Option(help="Technique; repeat to combine.")]
+Shape = Annotated[
+    str | None,
+    typer.Option(help="Shape of one input, such as 3,224,224; inferred where left out."),
+]
+Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
+Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Samples per batch.")]
+MaxDrop = Annotated[
+    float,
+    typer.Option(
+        min=0, max=1, help="Highest risk that the dynamic model is wrong where the static is right."
+    ),
+]
+Confidence = Annotated[float, typer.Option(min=0, max=1, help="Probability with which that holds.")]
+
+
+@app.command()
+def demo(
+    data: Data = "digits",
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("dyncompile-demo"),
+    seed: Seed = 0,
+    depth: Annotated[int, typer.Option(help="Depth of the static ResNet, 6n + 2.")] = 20,
+    width: Annotated[int, typer.Option(help="Channels of its first stage.")] = 16,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Static training; by the data.")] = None,
+    finetune_epochs: Annotated[
+        int | None, typer.Option(min=1, help="Training after conversion; by the data.")
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="As in calibrate; by the size of the data."),
+    ] = None,
+    confidence: Confidence = 0.95,
+    batch_size: BatchSize = 64,
+    device: Device = "cpu",
+    report: Annotated[bool, typer.Option(help="Write report.html.")] = True,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a run that was stopped.")
+    ] = False,
+    force: Force = False,
+) -> None:
+    """Run the main job: train, convert, fine-tune, calibrate, lower, and measure."""
+    from dyncompile.demo.run import Settings, run
+
+    if not resume:
+        _free(out, force=force, argument="out")
+    run(
+        Settings(
+            data=data,
+            out=out,
+            seed=seed,
+            depth=depth,
+            width=width,
+            epochs=epochs,
+            finetune_epochs=finetune_epochs,
+            max_drop=max_drop,
+            confidence=confidence,
+            batch_size=batch_size,
+            device=device,
+            report=report,
+            resume=resume,
+        ),
+        Console(),
+    )
+
+
+@app.command()
+def inspect(
+    model: Model,
+    folder: Annotated[
+        Path | None,
+        typer.Argument(help="Folder of the converted model; without it, what convert would do."),
+    ] = None,
+    strategy: Strategy = ["early_exit"],  # noqa: B006 - typer copies it
+    input_shape: Shape = None,
+) -> None:
+    """Print a dynamic model's regions, their guards and their share of the cost."""
+    import dyncompile as dc
+
+    static = _model(model)
+    dyn = dc.load(folder, static) if folder else _dynamize(static, strategy, input_shape)
+    typer.echo(dyn.inspect())
+
+
+@app.command()
+def convert(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
+    strategy: Strategy = ["early_exit"],  # noqa: B006 - typer copies it
+    input_shape: Shape = None,
+    force: Force = False,
+) -> None:
+    """Make a static model dynamic; before training it computes exactly what the static one does."""
+    import dyncompile as dc
+
+    _free(out, force=force, argument="out")
+    dyn = _dynamize(_model(model), strategy, input_shape)
+    dc.save(dyn, out)
+    typer.echo(dyn.inspect())
+
+
+@app.command()
+def finetune(
+    model: Model,
+    folder: Folder,
+    data: Data = "digits",
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training split.")] = 3,
+    mode: Annotated[
+        Literal["heads", "joint"], typer.Option(help="Train the heads only, or everything.")
+    ] = "heads",
+    seed: Seed = 0,
+    device: Device = "cpu",
+) -> None:
+    """Train a converted model; its folder is written anew, all at once."""
+    import dyncompile as dc
+
+    images = _images(data, seed)
+    dyn = dc.load(folder, _model(model)).to(_device(device))
+    dc.finetune(dyn, images.train, images.calibration, epochs=epochs, mode=mode, seed=seed)
+    dc.save(dyn, folder)
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    folder: Folder,
+    data: Data = "digits",
+    max_drop: MaxDrop = 0.01,
+    confidence: Confidence = 0.95,
+    report: Annotated[Path | None, typer.Option(help="HTML file to write as well.")] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    force: Force = False,
+) -> None:
+    """Choose the thresholds of a converted model; its folder is written anew, all at once."""
+    import dyncompile as dc
+
+    if report:
+        _free(report, force=force, argument="report")
+    images = _images(data, seed)
+    dyn = dc.load(folder, _model(model)).to(_device(device))
+    calibration = dc.calibrate(
+        dyn, images.calibration, max_drop=max_drop, confidence=confidence, seed=seed
+    )
+    dc.save(dyn, folder)
+    Console().print(calibration.table())
+    if report:
+        calibration.report(report)
+
+
+@app.command()
+def bench(
+    model: Model,
+    folder: Folder,
+    data: Data = "digits",
+    batch_size: BatchSize = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Passes of which the median counts.")] = 5,
+    backend: Annotated[
+        Literal["inductor", "eager"], typer.Option(help="How segments are run.")
+    ] = "inductor",
+    seed: Seed = 0,
+    device: Device = "cpu",
+) -> None:
+    """Time the lowered model against every form of the static one, on the test split."""
+    import dyncompile as dc
+    from dyncompile.demo.measure import bench as measure
+
+    images = _images(data, seed)
+    dyn = dc.load(folder, _model(model)).to(_device(device)).eval()
+    table = measure(
+        dyn, images.test.tensors[0], batch_size=batch_size, repeats=repeats, backend=backend
+    )
+    Console().print(table)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; exit 1 with one line on stderr where dyncompile raises, 2 for usage."""
+    try:
+        app(arguments)
+    except DyncompileError as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        sys.exit(1)
+    except OSError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+def _free(path: Path, *, force: bool, argument: str) -> None:
+    taken = any(path.iterdir()) if path.is_dir() else path.exists()
+    if taken and not force:
+        found = f"{path}, which exists"
+        raise ArgumentError(argument, found=found, expected="a new path, or --force")
+
+
+def _model(spec: str) -> "nn.Module":
+    from torch import nn
+
+    from dyncompile.demo.factory import load_object
+
+    model = load_object(spec, argument="model")()
+    if not isinstance(model, nn.Module):
+        found = f"a {type(model).__name__} from {spec}"
+        raise ArgumentError("model", found=found, expected="a callable that returns an nn.Module")
+    return model
+
+
+def _images(data: str, seed: int) -> "Images":
+    from dyncompile.demo.datasets import load
+
+    return load(data, seed=seed)
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        found = f"{name!r} ({str(error).splitlines()[0]})"
+        raise ArgumentError(
+            "device", found=found, expected="cpu, or a device that is here"
+        ) from None
+    return device
+
+
+def _dynamize(model: "nn.Module", strategy: list[str], shape: str | None) -> Any:
+    import torch
+
+    import dyncompile as dc
+
+    example = None
+    if shape is not None:
+        try:
+            sizes = [int(size) for size in shape.split(",")]
+        except ValueError:
+            sizes = [0]
+        if min(sizes) < 1:
+            expected = "positive sizes without the batch, such as 3,224,224"
+            raise ArgumentError("input_shape", found=repr(shape), expected=expected)
+        example = (torch.zeros(2, *sizes),)
+    return dc.dynamize(model, strategy=strategy, example_inputs=example)

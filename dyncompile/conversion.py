@@ -1,0 +1,122 @@
+"""`dynamize`: capture a static model, rewrite it, hand out the dynamic one."""
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from dyncompile.capture import capture
+from dyncompile.capture.examples import infer_inputs
+from dyncompile.errors import ArgumentError
+from dyncompile.graph import Graph, spec
+from dyncompile.module import DynamicModule
+from dyncompile.passes import Pass, Refusal, Site, resolve
+from dyncompile.recipe import Recipe, Step, class_name, fingerprint
+
+
+def dynamize(
+    model: nn.Module,
+    strategy: str | Pass | Sequence[str | Pass] = "early_exit",
+    *,
+    example_inputs: Any = None,
+    batch_dims: Mapping[str, int | None] | None = None,
+    prediction: str | None = None,
+    prediction_only: bool = False,
+    task: str | None = None,
+    inplace: bool = False,
+    **options: Any,
+) -> DynamicModule:
+    """Turn a static model into a dynamic one.
+
+    Args:
+        model: Any module that `torch.export` takes. Left as it was: mode, device, dtype, flags, hooks, weights.
+        strategy: Name of a pass, a pass object, or a list of either, in order.
+        example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments; inferred where the
+            model tells (timm `default_cfg`, Hugging Face `dummy_inputs`, the first layer).
+        batch_dims: Batch dim of an input by name, where it is not dim 0; None for an input without one.
+        prediction: Name of the output leaf that is the prediction; default `logits`, else the only floating leaf.
+        prediction_only: Return the prediction alone and drop the other leaves of the output.
+        task: "classification" or "regression"; default by the prediction's shape: one column is a regression.
+        inplace: Take the model's own modules instead of copies.
+        options: Options of the pass, where `strategy` names one: `exits=4, head="conv"`.
+
+    Returns:
+        The dynamic model, exact at birth: its output is the static model's until training and calibration.
+
+    Raises:
+        ArgumentError: An argument that does not fit; the message says what would do.
+        CaptureError: The model cannot be captured.
+        PassError: No site, or an order that is not legal.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 3))
+        >>> dyn = dynamize(model, "early_exit", exits=1)
+        >>> list(dyn.exits)
+        ['exit0']
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError("model", found=type(model).__name__, expected="a torch.nn.Module")
+    if isinstance(model, DynamicModule):
+        raise ArgumentError("model", found="a dynamic model", expected="a static one; pass all strategies at once")
+    if task not in (None, "classification", "regression"):
+        raise ArgumentError("task", found=repr(task), expected="'classification' or 'regression'")
+    passes = resolve(strategy, options)
+    args, kwargs, origin = infer_inputs(model, example_inputs)
+    graph = capture(
+        model, args, kwargs, batch_dims=batch_dims, prediction=prediction,
+        prediction_only=prediction_only, inplace=inplace,
+    )
+    graph.task = task or _infer_task(graph)
+    recipe = describe(graph, model, origin, prediction_only=prediction_only)
+    done: list[str] = []
+    for item in passes:
+        sites, refused = item.apply(graph, ran=done)
+        recipe.steps.append(_step(item, sites, refused))
+        done.append(item.name)
+    return DynamicModule(graph, recipe)
+
+
+def describe(graph: Graph, model: nn.Module, origin: str, *, prediction_only: bool = False) -> Recipe:
+    """The recipe of a capture, without any pass yet."""
+    names = graph.signature.names
+    return Recipe(
+        dyncompile=importlib.metadata.version("dyncompile"),
+        torch=str(torch.__version__),
+        model=class_name(model),
+        fingerprint=fingerprint(model.state_dict()),
+        mode="train" if graph.mode == "train" else "eval",
+        task="regression" if graph.task == "regression" else "classification",
+        inputs=origin,
+        batch_dims=dict(zip(names, graph.batch_dims, strict=True)),
+        prediction=graph.signature.output_names[graph.signature.prediction],
+        prediction_only=prediction_only,
+    )
+
+
+def _infer_task(graph: Graph) -> str:
+    shape = spec(graph.prediction).shape
+    return "regression" if len(shape) < 2 or (len(shape) == 2 and shape[1] == 1) else "classification"
+
+
+def _step(item: Pass, sites: list[Site], refused: list[Refusal]) -> Step:
+    options = {k: list(v) if isinstance(v, tuple) else v for k, v in item.options().items()}
+    options = {k: _importable(v) if callable(v) else v for k, v in options.items()}
+    return Step(
+        strategy=item.name,
+        options=options,
+        sites=[dataclasses.asdict(site) for site in sites],
+        refused=[dataclasses.asdict(refusal) for refusal in refused],
+    )
+
+
+def _importable(value: Any) -> str:
+    """A callable option by name; `dyncompile.load` imports it again."""
+    return f"{getattr(value, '__module__', '?')}:{getattr(value, '__qualname__', type(value).__qualname__)}"
+
+
+__all__ = ["describe", "dynamize"]

@@ -1,0 +1,102 @@
+"""What a dynamic model costs: FLOPs per demand region, and the expected cost given the decisions."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from dyncompile.demand import Demand, Guard, Region, analyse, specialise
+
+
+@dataclasses.dataclass(frozen=True)
+class CostModel:
+    """Cost of each region per sample, relative to the static model.
+
+    Attributes:
+        regions: The demand regions of the graph with its disabled decisions taken out.
+        weights: Cost of each region; 1.0 is the whole static model.
+        static: What 1.0 stands for: FLOPs per sample (a multiply-add is two), or seconds.
+    """
+
+    regions: tuple[Region, ...]
+    weights: tuple[float, ...]
+    static: float
+
+    def expected(self, decisions: Mapping[str, Tensor]) -> Tensor:
+        """Expected cost of each sample: sum over regions of cost times the probability of the guard.
+
+        Exact for boolean decisions; differentiable in floating ones.
+
+        Args:
+            decisions: `[N]` per decision, bool or probability; routes `[N]` integers or `[N, K]` weights. Extra
+                dims (tokens, frames) are averaged.
+
+        Returns:
+            `[N]`, 1.0 = the static model.
+        """
+        if not decisions:
+            return torch.full((1,), sum(self.weights))
+        example = next(iter(decisions.values()))
+        total = example.new_zeros(example.shape[0], dtype=torch.float32)
+        cache: dict[Guard, Tensor] = {(): torch.ones_like(total)}
+        for region, weight in zip(self.regions, self.weights, strict=True):
+            if weight:
+                total = total + weight * _probability(region.guard, decisions, cache)
+        return total
+
+
+def _probability(guard: Guard, decisions: Mapping[str, Tensor], cache: dict[Guard, Tensor]) -> Tensor:
+    if guard not in cache:
+        unit, arm = guard[-1]
+        value = decisions[unit.name]
+        if unit.decision.meta.get("route"):
+            p = value[..., arm] if value.is_floating_point() else value == arm
+        else:
+            p = value if arm else (1 - value if value.is_floating_point() else ~value)
+        p = p.float().flatten(1).mean(1) if p.dim() > 1 else p.float()
+        cache[guard] = p * _probability(guard[:-1], decisions, cache)
+    return cache[guard]
+
+
+def static_flops(graph: fx.Graph) -> float:
+    """FLOPs per sample of the nodes that were there before any pass."""
+    return sum(node.meta["flops"] for node in graph.nodes if not node.meta.get("inserted"))
+
+
+def cost_model(graph: fx.Graph, disabled: Sequence[str] = ()) -> CostModel:
+    """Build the cost model from FLOPs.
+
+    Args:
+        graph: The dynamic graph, propagated.
+        disabled: Decisions that never take arm 1; what only they need costs nothing.
+    """
+    reference = static_flops(graph) or 1.0
+    demand = analyse(specialise(graph, dict.fromkeys(disabled, 0)))
+    return CostModel(demand.regions, region_shares(demand, reference), reference)
+
+
+def region_shares(demand: Demand, reference: float) -> tuple[float, ...]:
+    """FLOPs of each region, relative to `reference`."""
+    return tuple(
+        sum(node.meta["flops"] for node in region.nodes) / reference for region in demand.regions
+    )
+
+
+def exit_costs(model: CostModel, exits: Sequence[str]) -> dict[str, float]:
+    """Cost of a sample by where it leaves.
+
+    Args:
+        model: A cost model in which `exits` are enabled.
+        exits: Their names, in order of execution.
+
+    Returns:
+        Relative cost for each exit, then `final`; every other decision counted as taken.
+    """
+    names = {unit.name for region in model.regions for unit, _ in region.guard}
+    count = len(exits) + 1
+    decisions = {name: torch.ones(count, dtype=torch.bool) for name in names}
+    for i, name in enumerate(exits):
+        decisions[name] = torch.arange(count) == i
+    costs = model.expected(decisions) if decisions else torch.full((1,), sum(model.weights))
+    return dict(zip((*exits, "final"), costs.tolist(), strict=True))

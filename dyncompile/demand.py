@@ -1,0 +1,186 @@
+"""Under which decisions is a node needed? The one analysis that cost, lowering, export and reports read."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from torch import fx
+
+from dyncompile.ops import arms_of, decision_of, is_select
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Unit:
+    """Selects that one decision controls and that can be executed as one conditional.
+
+    Attributes:
+        decision: The node that decides.
+        selects: The nodes that choose; none depends on another.
+        guard: Under which the selects themselves are needed.
+    """
+
+    decision: fx.Node
+    guard: "Guard"
+    selects: list[fx.Node] = dataclasses.field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The decision's public name."""
+        return decision_name(self.decision)
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+Guard = tuple[tuple[Unit, int], ...]
+"""Path of (unit, arm) steps; arm 1 of a `select` is `taken`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """Nodes that are needed under one guard."""
+
+    guard: Guard
+    nodes: tuple[fx.Node, ...]
+
+    @property
+    def name(self) -> str:
+        """The guard in words: `always`, `not exit0`, `gate3 & not exit1`, `level=2`."""
+        return " & ".join(_step(unit, arm) for unit, arm in self.guard) or "always"
+
+
+@dataclasses.dataclass(frozen=True)
+class Demand:
+    """The guard of every node of a graph.
+
+    Attributes:
+        guards: Guard by node.
+        regions: Nodes with the same guard, in order of first execution; parents before children.
+        units: Conditionals, in order of execution.
+    """
+
+    guards: Mapping[fx.Node, Guard]
+    regions: tuple[Region, ...]
+    units: tuple[Unit, ...]
+
+
+def decision_name(node: fx.Node) -> str:
+    """The public name of a decision: the exit's or gate's, else the node's own."""
+    return str(node.meta.get("decision", node.name))
+
+
+def _step(unit: Unit, arm: int) -> str:
+    if len(arms_of(unit.selects[0])) > 2:
+        return f"{unit.name}={arm}"
+    return unit.name if arm else f"not {unit.name}"
+
+
+def analyse(graph: fx.Graph) -> Demand:
+    """Find the guard of every node, by walking the graph backwards.
+
+    The guard of a node is the longest common prefix of the guards of its uses; a use as an arm of a select appends
+    (select, arm); a use as the decision appends nothing. This is code sinking.
+
+    Args:
+        graph: Nodes in topological order.
+
+    Returns:
+        The demand; dead nodes are in no region.
+    """
+    depth = _depths(graph)
+    units: dict[tuple[fx.Node, int, Guard], Unit] = {}
+    unit_of: dict[fx.Node, Unit] = {}
+    guards: dict[fx.Node, Guard] = {}
+    for node in reversed(graph.nodes):
+        uses: list[Guard] = [()] if node.op in ("output", "placeholder", "get_attr") else []
+        for user in node.users:
+            if user not in guards:
+                continue  # dead
+            if is_select(user):
+                uses.extend(_uses_by_select(node, user, guards[user], unit_of[user]))
+            else:
+                uses.append(guards[user])
+        if not uses:
+            continue
+        guards[node] = guard = _common_prefix(uses)
+        if is_select(node):
+            key = (decision_of(node), depth[node], guard)
+            unit = units.setdefault(key, Unit(decision_of(node), guard))
+            unit.selects.insert(0, node)
+            unit_of[node] = unit
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    members: dict[Guard, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node in guards and node.op not in ("output", "placeholder", "get_attr"):
+            members.setdefault(guards[node], []).append(node)
+    for guard in list(members):
+        for length in range(len(guard)):
+            members.setdefault(guard[:length], [])
+    regions = sorted(
+        (Region(guard, tuple(nodes)) for guard, nodes in members.items()),
+        key=lambda region: [(order[u.selects[-1]], -arm) for u, arm in region.guard],
+    )
+    regions.sort(key=lambda region: order[region.nodes[0]] if region.nodes else -1)
+    regions.sort(key=lambda region: len(region.guard))
+    ordered = sorted(units.values(), key=lambda unit: order[unit.selects[-1]])
+    return Demand(guards, tuple(regions), tuple(ordered))
+
+
+def _uses_by_select(node: fx.Node, select: fx.Node, guard: Guard, unit: Unit) -> list[Guard]:
+    uses = [guard] if decision_of(select) is node else []
+    uses.extend((*guard, (unit, i)) for i, arm in enumerate(arms_of(select)) if arm is node)
+    return uses
+
+
+def _common_prefix(guards: list[Guard]) -> Guard:
+    first, *others = guards
+    length = len(first)
+    for other in others:
+        length = min(length, len(other))
+        while first[:length] != other[:length]:
+            length -= 1
+    return first[:length]
+
+
+def _depths(graph: fx.Graph) -> dict[fx.Node, int]:
+    """For each select, how many selects of the same decision lie before it on one path."""
+    before: dict[fx.Node, dict[fx.Node, int]] = {}
+    depth: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        seen: dict[fx.Node, int] = {}
+        for source in node.all_input_nodes:
+            for decision, count in before[source].items():
+                seen[decision] = max(seen.get(decision, 0), count)
+        if is_select(node):
+            decision = decision_of(node)
+            depth[node] = seen.get(decision, 0)
+            seen = {**seen, decision: depth[node] + 1}
+        before[node] = seen
+    return depth
+
+
+def specialise(graph: fx.Graph, fixed: Mapping[str, int]) -> fx.Graph:
+    """Copy a graph with some decisions known: their selects collapse to an arm, and what nobody needs is dropped.
+
+    Args:
+        graph: Left as it is.
+        fixed: The arm that each known decision takes, by the decision's name.
+
+    Returns:
+        The copy; nodes keep their names and metadata.
+    """
+    copied = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    copied.output(copied.graph_copy(graph, mapping))
+    for node in list(copied.nodes):
+        if is_select(node) and decision_name(decision_of(node)) in fixed:
+            node.replace_all_uses_with(arms_of(node)[fixed[decision_name(decision_of(node))]])
+            copied.erase_node(node)
+    sweep(copied)
+    return copied
+
+
+def sweep(graph: fx.Graph) -> None:
+    """Drop every node that nobody reads; inputs stay."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op not in ("placeholder", "output"):
+            graph.erase_node(node)

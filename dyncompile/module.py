@@ -1,0 +1,253 @@
+"""The dynamic model: the user's modules, what passes inserted, and the graph that runs them densely."""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from dyncompile.cost import CostModel, cost_model, exit_costs
+from dyncompile.demand import analyse, decision_name, decision_of
+from dyncompile.errors import ArgumentError, CaptureError
+from dyncompile.graph import Graph, program
+from dyncompile.nn import Exit
+from dyncompile.ops import is_select
+from dyncompile.recipe import Recipe
+
+_INSERTED = ("exits", "gates", "_modes", "_constants")
+
+Override = Callable[[str, Tensor], Tensor]
+"""Replaces a decision, given its name and value."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """One run of a dynamic model with all that happened inside.
+
+    Attributes:
+        output: What the model returns: routed in evaluation, of full depth in training.
+        final: Prediction of the full-depth path.
+        exits: Prediction of every exit for every sample, enabled or not.
+        confidence: `[N]` in [0, 1] per exit, after temperature.
+        decisions: Per exit or gate, evaluation: `[N]` bool; training: `[N]` probability, differentiable.
+        cost: `[N]`, expected cost of each sample; 1.0 = the static model. Differentiable in training.
+    """
+
+    output: Any
+    final: Tensor
+    exits: dict[str, Tensor]
+    confidence: dict[str, Tensor]
+    decisions: dict[str, Tensor]
+    cost: Tensor
+
+
+class DynamicModule(nn.Module):
+    """A static model with decisions and selects: the dense reference, to train, to trace, to compile whole.
+
+    It owns the static model's modules under their own names, so the static model's `state_dict` keys survive.
+    `dyncompile.dynamize` makes it; `dyncompile.lower` makes it skip.
+
+    Attributes:
+        exits: Inserted exits by name, in order of execution.
+        gates: Inserted gates by name.
+        recipe: What was done to the static model.
+        task: "classification" or "regression".
+    """
+
+    exits: nn.ModuleDict
+    gates: nn.ModuleDict
+
+    def __init__(self, graph: Graph, recipe: Recipe) -> None:
+        super().__init__()
+        root = graph.root
+        clashes = [n for n in (*root._modules, *root._parameters, *root._buffers) if hasattr(DynamicModule, n)]
+        if clashes:
+            raise CaptureError(f"the model's own `{clashes[0]}` has the name of a method of a dynamic model; rename it")
+        for name in _INSERTED[:2]:
+            root._modules.setdefault(name, nn.ModuleDict())
+        self._parameters.update(root._parameters)
+        self._buffers.update(root._buffers)
+        self._non_persistent_buffers_set.update(root._non_persistent_buffers_set)
+        self._modules.update(root._modules)
+        self.training = root.training
+        for name in _INSERTED:
+            root._modules.pop(name, None)
+        # In a tuple, so that the static model's skeleton is no sub-module: its modules are this module's own.
+        self._skeleton = (root,)
+        graph.root = self
+        self._graph = graph
+        self.recipe = recipe
+        self.task = graph.task
+        self._override: Override | None = None
+        self._programs: dict[str, Callable[..., Any]] = {}
+        self._costs: dict[tuple[str, ...], CostModel] = {}
+
+    # --- running ---------------------------------------------------------------------------------
+
+    @property
+    def graph(self) -> Graph:
+        """The graph of the dense reference."""
+        return self._graph
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run densely, with the static model's own arguments and structure of outputs."""
+        signature = self._graph.signature
+        inputs = signature.flatten(args, kwargs)
+        if self._override is not None:
+            return self.trace(*args, **kwargs).output
+        return signature.unflatten(self._program("forward", lambda: self._graph.fx)(self, *inputs))
+
+    def _program(self, name: str, graph: Callable[[], fx.Graph]) -> Callable[..., Any]:
+        if name not in self._programs:
+            self._programs[name] = program(graph())
+        return self._programs[name]
+
+    def trace(self, *args: Any, **kwargs: Any) -> Trace:
+        """Run densely and return every exit's prediction, every decision and the cost of each sample.
+
+        Args:
+            args: The model's own arguments.
+            kwargs: The model's own keyword arguments.
+
+        Returns:
+            The trace; in training mode its `cost` and `decisions` are differentiable.
+        """
+        inputs = self._graph.signature.flatten(args, kwargs)
+        nodes = self._taps()
+        if self._override is None:
+            values = self._program("trace", self._trace_graph)(self, *inputs)
+        else:
+            values = _Overriding(self, self._override).run(*inputs)
+        output = self._graph.signature.unflatten(values[0])
+        taps: dict[str, dict[str, Tensor]] = {"exit": {}, "confidence": {}, "decision": {}}
+        for (kind, name), value in zip(nodes, values[2], strict=True):
+            taps[kind][name] = value
+        decisions = taps["decision"]
+        if self.training:
+            for name, confidence in taps["confidence"].items():
+                exit_ = self.exits[name]
+                assert isinstance(exit_, Exit)
+                decisions[name] = exit_.firing(confidence)
+        final = values[1]
+        cost = self.cost_model().expected(decisions)
+        if not decisions:
+            batch = inputs[self._batched()].shape[self._graph.batch_dims[self._batched()] or 0]
+            cost = cost.to(final.device).expand(batch)
+        return Trace(output, final, taps["exit"], taps["confidence"], decisions, cost)
+
+    def _batched(self) -> int:
+        return next(i for i, dim in enumerate(self._graph.batch_dims) if dim is not None)
+
+    def _taps(self) -> dict[tuple[str, str], fx.Node]:
+        """Nodes that a trace shows, by (kind, name); decisions that no pass named carry their node's name."""
+        nodes = {n.meta["tap"]: n for n in self._graph.fx.nodes if "tap" in n.meta}
+        for node in self._graph.fx.nodes:
+            if is_select(node):
+                decision = decision_of(node)
+                nodes.setdefault(("decision", decision_name(decision)), decision)
+        return nodes
+
+    def _trace_graph(self) -> fx.Graph:
+        traced = fx.Graph()
+        mapping: dict[fx.Node, fx.Node] = {}
+        output = traced.graph_copy(self._graph.fx, mapping)
+        taps = tuple(mapping[node] for node in self._taps().values())
+        traced.output((output, mapping[self._graph.final], taps))
+        return traced
+
+    # --- cost ------------------------------------------------------------------------------------
+
+    def cost_model(self, enabled: Sequence[str] | None = None) -> CostModel:
+        """Cost per demand region; disabled exits cost nothing, since lowering leaves their heads out.
+
+        Args:
+            enabled: Names of the exits that count as enabled; None takes their buffers, and in training all.
+        """
+        if enabled is None:
+            enabled = [n for n, e in self.exits.items() if self.training or bool(e.enabled)]
+        disabled = tuple(sorted(set(self.exits) - set(enabled)))
+        if disabled not in self._costs:
+            self._costs[disabled] = cost_model(self._graph.fx, disabled)
+        return self._costs[disabled]
+
+    def exit_costs(self, enabled: Sequence[str] | None = None) -> dict[str, float]:
+        """Relative cost of a sample by where it leaves.
+
+        Args:
+            enabled: Names of the exits that count as enabled; None takes their buffers.
+
+        Returns:
+            1.0 = the static model; one entry for each enabled exit in order of execution, then `final`.
+        """
+        if enabled is None:
+            enabled = [n for n, e in self.exits.items() if bool(e.enabled)]
+        unknown = sorted(set(enabled) - set(self.exits))
+        if unknown:
+            raise ArgumentError("enabled", found=unknown, expected=f"names among {list(self.exits)}")
+        ordered = [name for name in self.exits if name in enabled]
+        return exit_costs(self.cost_model(ordered), ordered)
+
+    def inspect(self) -> str:
+        """The regions, their guards, how many operations they hold and their share of the static model's cost."""
+        demand = analyse(self._graph.fx)
+        weights = self.cost_model(list(self.exits)).weights
+        rows = [
+            (region.name, str(len(region.nodes)), f"{100 * weight:.1f} %")
+            for region, weight in zip(demand.regions, weights, strict=True)
+        ]
+        rows.insert(0, ("region (guard)", "ops", "cost"))
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        lines = [
+            f"{name:<{widths[0]}}  {ops:>{widths[1]}}  {share:>{widths[2]}}" for name, ops, share in rows
+        ]
+        total = f"static model: {self.cost_model().static / 1e6:.2f} MFLOPs per sample"
+        return "\n".join([*lines, total])
+
+    # --- the static model ------------------------------------------------------------------------
+
+    def static(self) -> nn.Module:
+        """A copy of the static model, of its own class, with the present weights, mode and device."""
+        root = copy.copy(self._skeleton[0])
+        root.__dict__ = dict(root.__dict__)
+        for kind in ("_parameters", "_buffers", "_modules"):
+            own = getattr(self, kind)
+            names = [n for n in own if n not in _INSERTED]
+            root.__dict__[kind] = {n: own[n] for n in names}
+        root = copy.deepcopy(root)
+        root.training = self.training
+        for path in self._graph.overwriting:
+            root.get_submodule(path).inplace = True  # type: ignore[assignment]
+        return root
+
+    def extra_repr(self) -> str:
+        return f"exits={len(self.exits)}, gates={len(self.gates)}, task={self.task}"
+
+
+class _Overriding(fx.Interpreter):
+    """Runs the trace graph with some decisions replaced."""
+
+    def __init__(self, module: DynamicModule, override: Override) -> None:
+        super().__init__(module, graph=module._trace_graph())
+        self.override = override
+        self.names = {
+            decision_of(n): decision_name(decision_of(n)) for n in self.graph.nodes if is_select(n)
+        }
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        return self.override(self.names[n], value) if n in self.names else value
+
+
+def batch_of(inputs: Sequence[Tensor], graph: Graph) -> int:
+    """How many samples flat inputs hold."""
+    for tensor, dim in zip(inputs, graph.batch_dims, strict=True):
+        if dim is not None:
+            return tensor.shape[dim]
+    raise ArgumentError("inputs", found="no input with a batch dim", expected="at least one")
+
+
+def disabled_decisions(module: DynamicModule) -> Mapping[str, int]:
+    """Decisions that are known before any input is seen: exits that are switched off."""
+    return {name: 0 for name, e in module.exits.items() if not bool(e.enabled)}

@@ -1,0 +1,83 @@
+"""Confidence of a prediction, in [0, 1]: what an exit compares with its threshold."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dyncompile.errors import ArgumentError
+
+
+class Criterion(Protocol):
+    """Maps logits to confidence.
+
+    Called with `logits` `[N, K, ...]` (classes in dim 1, already divided by the temperature) and the `earlier`
+    exits' logits in order; returns `[N, ...]` in [0, 1], larger for surer.
+    """
+
+    def __call__(self, logits: Tensor, earlier: Sequence[Tensor], /) -> Tensor: ...
+
+
+def max_softmax(logits: Tensor, earlier: Sequence[Tensor] = ()) -> Tensor:
+    """The largest class probability (BranchyNet's rivals; Shallow-Deep Networks, arXiv 1810.07052)."""
+    return logits.softmax(1).amax(1)
+
+
+def margin(logits: Tensor, earlier: Sequence[Tensor] = ()) -> Tensor:
+    """The gap between the two largest class probabilities."""
+    top = logits.softmax(1).topk(2, dim=1).values
+    return top[:, 0] - top[:, 1]
+
+
+def entropy(logits: Tensor, earlier: Sequence[Tensor] = ()) -> Tensor:
+    """One minus the normalised entropy (BranchyNet, arXiv 1709.01686)."""
+    log = logits.log_softmax(1)
+    return 1 + (log.exp() * log).sum(1) / math.log(logits.shape[1])
+
+
+def patience(logits: Tensor, earlier: Sequence[Tensor] = ()) -> Tensor:
+    """How many exits in a row, this one included, agree on the class, over how many there were (PABEE, arXiv 2006.04152).
+
+    The first exit has nothing to agree with: its confidence is 0.
+    """
+    label = logits.argmax(1)
+    agreed = torch.zeros(label.shape, device=logits.device, dtype=logits.dtype)
+    running = torch.ones_like(label, dtype=torch.bool)
+    for other in reversed(earlier):
+        running = running & (other.argmax(1) == label)
+        agreed = agreed + running
+    return agreed / max(len(earlier), 1)
+
+
+CRITERIA: dict[str, Criterion] = {
+    "max_softmax": max_softmax,
+    "margin": margin,
+    "entropy": entropy,
+    "patience": patience,
+}
+
+REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda c: c.mean(1),
+    "min": lambda c: c.amin(1),
+    "quantile10": lambda c: c.quantile(0.1, dim=1),
+}
+
+
+def certainty(name: str | Criterion) -> Criterion:
+    """The criterion of a name, or the callable itself.
+
+    Raises:
+        ArgumentError: No criterion of that name.
+    """
+    if callable(name):
+        return name
+    if name not in CRITERIA:
+        raise ArgumentError("criterion", found=repr(name), expected=f"one of {sorted(CRITERIA)} or a callable")
+    return CRITERIA[name]
+
+
+def classes_first(logits: Tensor, class_dim: int) -> Tensor:
+    """Logits with their classes in dim 1, in float32."""
+    return logits.movedim(class_dim, 1).float()

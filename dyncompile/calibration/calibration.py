@@ -82,11 +82,11 @@ def calibrate(
     target = Target(max_drop=max_drop, max_cost=max_cost, confidence=confidence, method=method)
     if unit not in {"flops", "time"}:
         raise ArgumentError("unit", found=repr(unit), expected="'flops' or 'time'")
-    if not isinstance(dyn, DynamicModule) or not len(dyn.exits):
+    exits = list(getattr(dyn, "exits", ()))
+    if not exits:
         raise ArgumentError(
             "dyn", found="a model without exits", expected="dynamize(model, strategy='early_exit')"
         )
-    exits = list(dyn.exits)
     recording = record(
         dyn,
         data,
@@ -97,15 +97,14 @@ def calibrate(
         progress=progress,
     )
     design, held_out = split(len(recording.losses), target, binary=recording.binary, seed=seed)
-    temperatures: list[float] = [float(exit_.temperature) for exit_ in dyn.exits.values()]
-    fitted = np.zeros(len(exits), dtype=np.intp)
+    fitted, temperatures = np.zeros(len(exits), dtype=np.intp), None
     if recording.nll is not None:
         fitted = fit_temperatures(recording.nll[design])
         temperatures = [TEMPERATURES[index] for index in fitted]
 
     def cost_of(enabled: tuple[bool, ...]) -> Array:
         names = [name for name, on in zip(exits, enabled, strict=True) if on]
-        costs = dyn.exit_costs(names, unit=unit)
+        costs = dyn.exit_costs(names) if unit == "flops" else dyn.exit_costs(names, unit=unit)
         return np.array([costs.get(name, np.nan) for name in (*exits, "final")])
 
     calibration = choose(

@@ -19,7 +19,7 @@ from dyncompile.calibration.risk import (
     samples_needed,
     upper_bound,
 )
-from dyncompile.calibration.search import CostOf, ThresholdSpace
+from dyncompile.calibration.search import CostOf, Levels, ThresholdSpace
 from dyncompile.errors import ArgumentError, CalibrationError, UnreachableTargetError
 
 Indices = NDArray[np.intp]
@@ -199,24 +199,10 @@ def choose(
         )
         for index, levels in enumerate(path)
     )
-    leave = space.leave(passed, path[chosen])
-    costs = space.costs(path[chosen])
-    settings = zip(
-        scores.exits, space.thresholds(path[chosen]), space.enabled(path[chosen]), strict=True
-    )
+    exits = _settings(scores, space, path[chosen], held_out, temperatures)
     return Calibration(
-        exits=tuple(
-            ExitSetting(
-                name=name,
-                threshold=threshold,
-                temperature=1.0 if temperatures is None else temperatures[index],
-                enabled=enabled,
-                cost=float(costs[index]) if enabled else None,
-                share=float((leave == index).mean()),
-                accuracy=_accuracy(scores, held_out[leave == index], leave[leave == index]),
-            )
-            for index, (name, threshold, enabled) in enumerate(settings)
-        ),
+        exits=exits[:-1],
+        final=exits[-1],
         cost=frontier[chosen].cost,
         risk=frontier[chosen].risk,
         bound=None if target.method == "greedy" else bound,
@@ -231,6 +217,37 @@ def choose(
         design_samples=len(design),
         held_out_samples=len(held_out),
         seed=seed,
+    )
+
+
+def _settings(
+    scores: Scores,
+    space: ThresholdSpace,
+    levels: Levels,
+    samples: Indices,
+    temperatures: Sequence[float] | None,
+) -> tuple[ExitSetting, ...]:
+    """Every exit's setting, and the end's."""
+    leave = space.leave(space.passed(scores.confidence[samples]), levels)
+    columns = zip(
+        (*scores.exits, "final"),
+        (*space.thresholds(levels), 0.0),
+        (*(temperatures or [1.0] * len(scores.exits)), 1.0),
+        (*space.enabled(levels), True),
+        space.costs(levels),
+        strict=True,
+    )
+    return tuple(
+        ExitSetting(
+            name=name,
+            threshold=threshold,
+            temperature=temperature,
+            enabled=enabled,
+            cost=float(cost) if enabled else None,
+            share=float((leave == index).mean()),
+            accuracy=_accuracy(scores, samples[leave == index], leave[leave == index]),
+        )
+        for index, (name, threshold, temperature, enabled, cost) in enumerate(columns)
     )
 
 

@@ -61,6 +61,7 @@ class Calibration:
 
     Attributes:
         exits: Settings by exit, in order of execution.
+        final: What becomes of the samples that no exit takes.
         cost: Expected cost per sample, 1.0 = static model.
         risk: Mean loss of the held-out samples.
         bound: The expected loss is at most this with probability `confidence` over the draw of the
@@ -81,6 +82,7 @@ class Calibration:
     """
 
     exits: tuple[ExitSetting, ...]
+    final: ExitSetting
     cost: float
     risk: float
     bound: float | None
@@ -155,16 +157,16 @@ class Calibration:
         table = Table(title=self._title(), caption=self._summary())
         for heading in ("exit", "threshold", "temperature", "cost", "leave here", "accuracy there"):
             table.add_column(heading, justify="left" if heading == "exit" else "right")
-        for row in self.exits:
+        for row in (*self.exits, self.final):
+            used = row.enabled and row is not self.final
             table.add_row(
                 row.name,
-                f"{row.threshold:.4f}" if row.enabled else "off",
-                f"{row.temperature:.2f}" if row.enabled else "",
+                f"{row.threshold:.4f}" if used else "" if row.enabled else "off",
+                f"{row.temperature:.2f}" if used else "",
                 "" if row.cost is None else f"{row.cost:.3f}",
                 f"{row.share:.1%}" if row.enabled else "",
                 "" if row.accuracy is None else f"{row.accuracy:.2%}",
             )
-        table.add_row("final", "", "", "", f"{1 - sum(row.share for row in self.exits):.1%}", "")
         return table
 
     def __str__(self) -> str:
@@ -229,17 +231,16 @@ class Calibration:
 
     def _summary(self) -> str:
         lines = [f"expected cost {self.cost:.3f} ({self.unit}), risk {self.risk:.4f}"]
+        if self.accuracy is not None and self.static_accuracy is not None:
+            lines.append(f"accuracy {self.accuracy:.2%}, static {self.static_accuracy:.2%}")
         if self.bound is None:
-            lines[0] += ", without a guarantee"
-            lines.append(f"chosen and measured on the same {self.held_out_samples} samples")
+            lines.append(f"no guarantee: measured on the {self.held_out_samples} samples tuned on")
         else:
-            lines[0] += f", at most {self.bound:.4f} with probability {self.confidence:g}"
+            lines.append(f"risk at most {self.bound:.4f} with probability {self.confidence:g}")
             lines.append(
                 f"designed on {self.design_samples} samples, measured on "
                 f"{self.held_out_samples} others"
             )
-        if self.accuracy is not None and self.static_accuracy is not None:
-            lines.insert(1, f"accuracy {self.accuracy:.2%}, static {self.static_accuracy:.2%}")
         return "\n".join(lines)
 
 

@@ -69,15 +69,17 @@ def betting_p_value(losses: Array, limit: float, delta: float) -> float:
         delta: The level for which the bets are sized.
 
     Returns:
-        One over the largest wealth that the bets against `limit` reach.
+        One over the largest wealth that the bets against `limit` reach; 1 where the mean of the
+        losses is not below `limit`, whatever the bets had won in between.
     """
+    if losses.mean() >= limit:
+        return 1.0
     steps = np.arange(1, len(losses) + 1)
     mean = (0.5 + losses.cumsum()) / (1 + steps)
     variance = (0.25 + ((losses - mean) ** 2).cumsum()) / (1 + steps)
     before = np.concatenate([[0.25], variance[:-1]])  # a bet may use only what was seen before it
     bets = np.minimum(1.0, np.sqrt(2 * math.log(1 / delta) / (len(losses) * before)))
-    with np.errstate(divide="ignore"):  # all is lost where a bet of 1 meets a loss of 1 and limit 0
-        wealth = np.log1p(bets * (limit - losses)).cumsum()
+    wealth = np.log1p(bets * (limit - losses)).cumsum()
     return min(1.0, math.exp(-max(0.0, float(wealth.max()))))
 
 

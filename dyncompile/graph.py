@@ -272,14 +272,14 @@ class Graph:
     # --- change ----------------------------------------------------------------------------------
 
     def add_module(self, path: str, module: nn.Module) -> None:
-        """Register a module at a dotted path of the root, making containers on the way."""
+        """Register a module at a dotted path of the root, making containers on the way; it takes the root's mode."""
         *parents, name = path.split(".")
         owner = self.root
         for parent in parents:
             if parent not in owner._modules:
                 owner.add_module(parent, nn.ModuleDict() if parent in ("exits", "gates") else nn.Module())
             owner = owner.get_submodule(parent)
-        owner.add_module(name, module)
+        owner.add_module(name, module.train(self.root.training))
 
     def run(self, inputs: list[Tensor] | tuple[Tensor, ...]) -> tuple[Any, ...]:
         """Run the nodes as they stand, dense."""

@@ -145,7 +145,7 @@ class EarlyExit(Pass):
             learned=learned,
         )
         path = f"exits.{site.name}"
-        graph.add_module(path, module.to(graph.inputs[0].device, target.dtype).train(graph.root.training))
+        graph.add_module(path, module.to(graph.inputs[0].device, target.dtype))
         final = graph.final
         final.meta["final"] = True
         with graph.fx.inserting_after(_latest(graph, inputs)):

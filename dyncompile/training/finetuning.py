@@ -55,7 +55,7 @@ class TrainingResult:
 
     def __str__(self) -> str:
         shown = ("epoch", "train/loss", "val/loss", "val/accuracy/", "val/mse/")
-        names = [name for name in self.history[-1] if name.startswith(shown)]
+        names = [name for start in shown for name in self.history[-1] if name.startswith(start)]
         rows = [names, *([f"{epoch[name]:.4g}" for name in names] for epoch in self.history)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
@@ -153,7 +153,9 @@ def finetune(
         stack.enter_context(learning(dyn, mode))
         where = Path(directory or stack.enter_context(tempfile.TemporaryDirectory()))
         data: dict[str, Any] = {"batch_size": batch_size, "ignore_index": objective.ignore_index}
-        data["classes"] = _classes(dyn, as_loader(train_data, argument="train_data", **data))
+        data["classes"] = _classes(dyn, train_data, "train_data", **data)
+        if val_data is not None:
+            _classes(dyn, val_data, "val_data", **data)
         module = FineTuning(
             dyn,
             objective,
@@ -185,15 +187,16 @@ def finetune(
         return _finish(trainer, module, keep=directory is not None, best=patience is not None)
 
 
-def _classes(dyn: Any, loader: DataLoader[Batch]) -> int | None:
+def _classes(dyn: Any, data: Any, argument: str, **options: Any) -> int | None:
     """Number of classes, by asking the model about the first batch; None in regression."""
     if dyn.task == "regression":
         return None
+    batch = next(iter(as_loader(data, argument=argument, **options)))
     device = next(dyn.parameters()).device
-    inputs, targets = tree_map_only(torch.Tensor, lambda t: t.to(device), next(iter(loader)))
+    inputs, targets = tree_map_only(torch.Tensor, lambda t: t.to(device), batch)
     with preserved(dyn), torch.no_grad():
         final = call(dyn.eval().trace, inputs).final
-    return int(final.shape[class_dim(final, targets)])
+    return int(final.shape[class_dim(final, targets, argument)])
 
 
 def _source(data: Any, *, argument: str, **options: Any) -> Callable[[int, int], DataLoader[Batch]]:
@@ -212,23 +215,20 @@ def _trainer(
     from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-    callbacks: list[Any] = [
-        ModelCheckpoint(
-            where,
-            filename="best",
-            monitor="val/loss" if validated else None,
-            save_top_k=int(validated),
-            save_last=True,
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
-        )
-    ]
+    callbacks: list[Any] = []
+    checkpoint: dict[str, Any] = {"enable_version_counter": False, "save_on_train_epoch_end": True}
     if patience is not None:
         callbacks.append(EarlyStopping("val/loss", patience=patience))
+    if validated:
+        callbacks.append(ModelCheckpoint(where, "best", monitor="val/loss", **checkpoint))
+    # After the best, whose state the last has to hold for a resumption.
+    callbacks.append(ModelCheckpoint(where, "last", **checkpoint))
     loggers: list[Any] = []
     if log:
         require("tensorboard", extra="train")
         loggers = [CSVLogger(where, name="csv"), TensorBoardLogger(where, name="tensorboard")]
+    if not validated:
+        options["limit_val_batches"] = 0
     return Trainer(
         callbacks=[*callbacks, *options.pop("callbacks", [])],
         logger=options.pop("logger", loggers),

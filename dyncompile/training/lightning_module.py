@@ -42,7 +42,8 @@ class FineTuning(LightningModule):
         super().__init__()
         self.dyn: Any = dyn
         self.objective = objective
-        self.loaders = {"train": train_loader, "val": val_loader}
+        self.train_loader = train_loader
+        self.val_loader = val_loader
         self.mode = mode
         self.optimizer = optimizer
         self.lr = lr
@@ -69,8 +70,7 @@ class FineTuning(LightningModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """The share of this process."""
-        assert self.loaders["train"] is not None
-        loader = self.loaders["train"](self.trainer.world_size, self.trainer.global_rank)
+        loader = self.train_loader(self.trainer.world_size, self.trainer.global_rank)
         loader.generator = self._worker_seeds
         self._order = getattr(loader.sampler, "generator", None)
         if self._order is not None and self._order_state is not None:
@@ -79,10 +79,10 @@ class FineTuning(LightningModule):
         self._reseed()
         return loader
 
-    def val_dataloader(self) -> Any:
-        """The share of this process; nothing without validation data."""
-        make = self.loaders["val"]
-        return [] if make is None else make(self.trainer.world_size, self.trainer.global_rank)
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """The share of this process."""
+        assert self.val_loader is not None
+        return self.val_loader(self.trainer.world_size, self.trainer.global_rank)
 
     def _reseed(self, *place: int) -> None:
         # `completed`, which `current_epoch` reads, lags behind while Lightning resumes.

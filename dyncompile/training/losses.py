@@ -8,11 +8,11 @@ from dyncompile.data import IGNORE_INDEX
 from dyncompile.errors import DataError
 
 
-def class_dim(prediction: Tensor, targets: Tensor) -> int:
+def class_dim(prediction: Tensor, targets: Tensor, argument: str = "targets") -> int:
     """Which dim of a prediction holds the classes, given integer targets.
 
     The last in `[N, K]` and `[N, L, K]`, the second in `[N, K, H, W]`; the other of the two where
-    only that one fits the targets.
+    only that one fits the targets. Errors name the targets as `argument`.
 
     Raises:
         DataError: Neither fits.
@@ -26,8 +26,8 @@ def class_dim(prediction: Tensor, targets: Tensor) -> int:
         if prediction.shape[:dim] + prediction.shape[dim + 1 :] == targets.shape:
             return dim
     raise DataError(
-        "targets",
-        found=f"shape {list(targets.shape)} for predictions of shape {list(prediction.shape)}",
+        argument,
+        found=f"targets {list(targets.shape)} for predictions {list(prediction.shape)}",
         expected="[N] for [N, K], [N, L] for [N, L, K] or [N, H, W] for [N, K, H, W]",
     )
 
@@ -80,7 +80,7 @@ def squared_error(prediction: Tensor, targets: Tensor) -> Tensor:
     if prediction.shape not in {targets.shape, (*targets.shape, 1)}:
         raise DataError(
             "targets",
-            found=f"shape {list(targets.shape)} for predictions of shape {list(prediction.shape)}",
+            found=f"targets {list(targets.shape)} for predictions {list(prediction.shape)}",
             expected="one shape for both",
         )
     return (widen(prediction) - targets.reshape(prediction.shape)) ** 2

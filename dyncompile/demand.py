@@ -1,7 +1,8 @@
 """Under which decisions is a node needed? The one analysis that cost, lowering, export and reports read."""
 
 import dataclasses
-from collections.abc import Mapping
+import operator
+from collections.abc import Collection, Mapping
 
 from torch import fx
 
@@ -74,14 +75,15 @@ def _step(unit: Unit, arm: int) -> str:
     return unit.name if arm else f"not {unit.name}"
 
 
-def analyse(graph: fx.Graph) -> Demand:
+def analyse(graph: fx.Graph, dense: Collection[str] = ()) -> Demand:
     """Find the guard of every node, by walking the graph backwards.
 
     The guard of a node is the longest common prefix of the guards of its uses; a use as an arm of a select appends
-    (select, arm); a use as the decision appends nothing. This is code sinking.
+    (select, arm); a use as the decision appends nothing. This is code sinking. The parts of a tuple stay with it.
 
     Args:
         graph: Nodes in topological order.
+        dense: Names of decisions whose selects count as ordinary operations: both arms are always needed.
 
     Returns:
         The demand; dead nodes are in no region.
@@ -90,19 +92,28 @@ def analyse(graph: fx.Graph) -> Demand:
     units: dict[tuple[fx.Node, int, Guard], Unit] = {}
     unit_of: dict[fx.Node, Unit] = {}
     guards: dict[fx.Node, Guard] = {}
+    parts: dict[fx.Node, list[Guard]] = {}
+    members_of: dict[fx.Node, list[fx.Node]] = {}
     for node in reversed(graph.nodes):
         uses: list[Guard] = [()] if node.op in ("output", "placeholder", "get_attr") else []
+        uses.extend(parts.pop(node, ()))
         for user in node.users:
             if user not in guards:
-                continue  # dead
-            if is_select(user):
+                continue  # dead, or a part of this tuple
+            if user in unit_of:
                 uses.extend(_uses_by_select(node, user, guards[user], unit_of[user]))
             else:
                 uses.append(guards[user])
+        if node.target is operator.getitem:
+            whole = node.args[0]
+            parts.setdefault(whole, []).extend(uses)
+            members_of.setdefault(whole, []).extend((node, *members_of.pop(node, ())))
+            continue
         if not uses:
             continue
         guards[node] = guard = _common_prefix(uses)
-        if is_select(node):
+        guards.update(dict.fromkeys(members_of.pop(node, ()), guard))
+        if is_select(node) and decision_name(decision_of(node)) not in dense:
             key = (decision_of(node), depth[node], guard)
             unit = units.setdefault(key, Unit(decision_of(node), guard))
             unit.selects.insert(0, node)

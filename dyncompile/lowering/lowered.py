@@ -1,0 +1,235 @@
+"""`lower`: from a dynamic model to one that really skips, sample by sample, inside a batch."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from dyncompile.capture.check import resize
+from dyncompile.demand import specialise
+from dyncompile.errors import ArgumentError, LoweringError
+from dyncompile.graph import Spec, is_tensor, spec
+from dyncompile.lowering.plan import Block, Conditional, Plan, Segment, make_plan, segment_module
+from dyncompile.lowering.runtime import BlockRunner, Run
+from dyncompile.module import DynamicModule, Override, disabled_decisions
+
+BACKENDS = ("inductor", "eager")
+
+
+class LoweredModule(nn.Module):
+    """A dynamic model that runs only what each sample of a batch needs.
+
+    Called as the static model is; results come in input order, for every batch size. Made by `dyncompile.lower`.
+
+    Attributes:
+        plan: What runs, and which decisions are run densely and why.
+        backend: "inductor" or "eager".
+        snapshot: Whether later changes of the dynamic model's weights and thresholds go unseen until `relower()`.
+        last_run: Rows that ran in the last call, by region.
+    """
+
+    def __init__(self, dyn: DynamicModule, *, backend: str, options: dict[str, Any]) -> None:
+        super().__init__()
+        # In a tuple, so that the lowered model has no parameters of its own: it is not trained.
+        self._source = (dyn,)
+        self.backend = backend
+        self.snapshot = backend != "eager"
+        self.options = options
+        self.last_run: dict[str, int] = {}
+        self._override: Callable[[str, Tensor, Tensor | None], Tensor] | None = None
+        self.training = False
+        self.relower()
+
+    @property
+    def dynamic(self) -> DynamicModule:
+        """The dynamic model that was lowered."""
+        return self._source[0]
+
+    def relower(self) -> "LoweredModule":
+        """Take over the dynamic model's present weights, thresholds and enabled exits.
+
+        Returns:
+            self.
+
+        Raises:
+            LoweringError: The dynamic model is in training mode.
+        """
+        dyn = self.dynamic
+        if dyn.training:
+            raise LoweringError("the model is in training mode: call `dyn.eval()` before `lower`")
+        graph = specialise(dyn.graph.fx, disabled_decisions(dyn))
+        self.plan: Plan = make_plan(graph)
+        self._layout = self.snapshot and _channels_last(dyn)
+        self._segments = self._compile()
+        self._runner = BlockRunner(self.plan.root, self._segments)
+        return self
+
+    def _compile(self) -> dict[Segment, Callable[..., Sequence[Tensor]]]:
+        dyn = self.dynamic
+        modules = {s: segment_module(s, dyn) for s in self.plan.segments()}
+        if self.backend == "eager":
+            return dict(modules)
+        from dyncompile.lowering.inductor import SegmentInput, compile_segment
+
+        examples = self._examples()
+        compiled: dict[Segment, Callable[..., Sequence[Tensor]]] = {}
+        for segment, module in modules.items():
+            inputs = [SegmentInput(batch_dim=spec(n).batch_dim, rows=spec(n).rows) for n in segment.inputs]
+            compiled[segment] = compile_segment(
+                module, [examples[n] for n in segment.inputs], inputs, **self.options
+            )
+        return compiled
+
+    def _examples(self) -> dict[fx.Node, Tensor]:
+        """A value for every segment's inputs, from a dense run, in the layout that they will have."""
+        graph = self.dynamic.graph
+        wanted = {n for segment in self.plan.segments() for n in segment.inputs}
+        values: dict[fx.Node, Tensor] = {}
+
+        class Recorder(fx.Interpreter):
+            def run_node(self, n: fx.Node) -> Any:
+                value = super().run_node(n)
+                if n in wanted:
+                    values[n] = value
+                return value
+
+        inputs = [self._laid_out(t) for t in resize(graph.inputs, graph.batch_dims, 4)]
+        with torch.no_grad():
+            Recorder(self.dynamic, graph=self.plan.graph).run(*inputs)
+        return values
+
+    def _laid_out(self, tensor: Tensor) -> Tensor:
+        if self._layout and tensor.dim() == 4 and tensor.is_floating_point():
+            return tensor.contiguous(memory_format=torch.channels_last)
+        return tensor
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run; the arguments and the structure of the output are the static model's."""
+        graph = self.dynamic.graph
+        inputs = graph.signature.flatten(args, kwargs)
+        count = next(
+            t.shape[dim] for t, dim in zip(inputs, graph.batch_dims, strict=True) if dim is not None
+        )
+        if not self.snapshot and self.dynamic.training:
+            raise LoweringError("the model is in training mode: call `dyn.eval()` first")
+        if count == 0:
+            self.last_run = {"always": 0}
+            return graph.signature.unflatten(_empty(self.plan.graph, inputs[0].device))
+        run = Run({}, self._override)
+        with torch.no_grad():
+            leaves = self._runner([self._laid_out(t) for t in inputs], None, count, run)
+        self.last_run = run.rows
+        return graph.signature.unflatten(self._leaves(leaves))
+
+    def _leaves(self, values: list[Tensor]) -> list[Any]:
+        """The output's leaves, constants among them."""
+        queue = dict(zip(self.plan.root.outputs, values, strict=True))
+        leaves = self.plan.graph.output_node().args[0]
+        return [queue[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in leaves]  # type: ignore[union-attr]
+
+    def warmup(self, batch_sizes: Iterable[int] = (1, 2, 16)) -> "LoweredModule":
+        """Compile what calls of these batch sizes will need, so that none of them waits.
+
+        Args:
+            batch_sizes: Numbers of samples.
+
+        Returns:
+            self.
+
+        Raises:
+            ArgumentError: A batch size below 1.
+        """
+        sizes = sorted(set(batch_sizes))
+        if not sizes or sizes[0] < 1:
+            raise ArgumentError("batch_sizes", found=sizes, expected="numbers >= 1")
+        for segment in self._segments.values():
+            warm = getattr(segment, "warmup", None)
+            if warm is not None:
+                # A segment may see any part of a batch: a single row, or several.
+                warm(sorted({1, *sizes}))
+        return self
+
+    def train(self, mode: bool = True) -> "LoweredModule":
+        """Refused for training: train the dynamic model and lower again.
+
+        Raises:
+            LoweringError: `mode` is True.
+        """
+        if mode:
+            raise LoweringError(
+                "a lowered model does not train: train the dynamic model, then `fast.relower()`"
+            )
+        return self
+
+    def override(self, override: Override | None) -> None:
+        """Replace decisions, for `dyncompile.testing.forced`; None ends it."""
+        self._override = override  # type: ignore[assignment]
+
+    def inspect(self) -> str:
+        """The plan in words: blocks, segments, conditionals."""
+        lines: list[str] = []
+
+        def visit(block: Block, indent: int) -> None:
+            for step in block.steps:
+                pad = "  " * indent
+                if isinstance(step, Conditional):
+                    for number, arm in enumerate(step.arms):
+                        if arm is not None:
+                            word = "where" if number else "where not"
+                            lines.append(f"{pad}{word} {step.unit.name}:")
+                            visit(arm, indent + 1)
+                else:
+                    flops = sum(n.meta.get("flops", 0.0) for n in step.nodes)
+                    lines.append(f"{pad}segment of {len(step.nodes)} operations, {flops / 1e6:.2f} MFLOPs")
+
+        visit(self.plan.root, 0)
+        lines += [f"dense: {name}, since {why}" for name, why in self.plan.dense.items()]
+        return "\n".join(lines)
+
+    def extra_repr(self) -> str:
+        return f"backend={self.backend!r}, snapshot={self.snapshot}, conditionals={len(self.plan.demand.units)}"
+
+
+def lower(dyn: DynamicModule, backend: str = "inductor", **options: Any) -> LoweredModule:
+    """Make a dynamic model skip for real: per sample, inside a batch.
+
+    Args:
+        dyn: The dynamic model, in eval mode.
+        backend: "inductor" compiles each segment, frozen, with a dynamic batch: a snapshot of the weights; "eager"
+            runs the segments as they are, equal to the reference bit for bit, on the live weights.
+        options: Options of the backend.
+
+    Returns:
+        A module that is called as the static model is.
+
+    Raises:
+        ArgumentError: No backend of that name, or no dynamic model.
+        LoweringError: The model is in training mode.
+    """
+    if not isinstance(dyn, DynamicModule):
+        raise ArgumentError("dyn", found=type(dyn).__name__, expected="what `dyncompile.dynamize` returned")
+    if backend not in BACKENDS:
+        raise ArgumentError("backend", found=repr(backend), expected=f"one of {BACKENDS}")
+    return LoweredModule(dyn, backend=backend, options=options)
+
+
+def _channels_last(dyn: DynamicModule) -> bool:
+    """One layout for the whole model: channels last where it convolves images."""
+    return any(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in dyn.modules())
+
+
+def _empty(graph: fx.Graph, device: torch.device) -> list[Any]:
+    """The output for a batch of no samples."""
+    leaves: Any = graph.output_node().args[0]
+
+    def empty(leaf: Any) -> Any:
+        if not is_tensor(leaf):
+            return leaf
+        found: Spec = spec(leaf)
+        return torch.empty(found.at(0), dtype=found.dtype, device=device)
+
+    return [empty(leaf) for leaf in leaves]
+
+
+__all__ = ["BACKENDS", "LoweredModule", "lower"]

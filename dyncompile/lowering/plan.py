@@ -1,0 +1,357 @@
+"""From demand to a plan: straight-line segments, and conditionals that run an arm on the rows that take it."""
+
+import dataclasses
+import operator
+from collections.abc import Iterable
+
+import torch
+from torch import fx, nn
+
+from dyncompile.demand import Demand, Guard, Unit, analyse
+from dyncompile.errors import LoweringError
+from dyncompile.graph import Size, Spec, is_tensor, spec
+from dyncompile.ops import arms_of, is_select
+
+
+@dataclasses.dataclass(eq=False)
+class Segment:
+    """Nodes that run one after the other on all rows of their block.
+
+    Attributes:
+        nodes: In order.
+        inputs: Tensor nodes from outside, the first one batched.
+        outputs: Nodes that are read outside.
+    """
+
+    nodes: list[fx.Node]
+    inputs: list[fx.Node] = dataclasses.field(default_factory=list)
+    outputs: list[fx.Node] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(eq=False)
+class Conditional:
+    """Runs each arm on the rows that take it.
+
+    Attributes:
+        unit: The selects that it carries out.
+        arms: A block for each arm, or None where the arm computes nothing.
+    """
+
+    unit: Unit
+    arms: list["Block | None"]
+
+    @property
+    def selects(self) -> list[fx.Node]:
+        """The values that it produces."""
+        return self.unit.selects
+
+
+@dataclasses.dataclass(eq=False)
+class Block:
+    """Steps under one guard.
+
+    Attributes:
+        guard: When the block runs.
+        name: The guard in words.
+        inputs: Values from outside.
+        steps: In order of execution.
+        outputs: Values that are read outside.
+    """
+
+    guard: Guard
+    name: str
+    inputs: list[fx.Node]
+    steps: list[Segment | Conditional]
+    outputs: list[fx.Node]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a lowered model runs.
+
+    Attributes:
+        graph: The graph, with disabled decisions taken out.
+        root: The block that always runs.
+        demand: What the plan was made from.
+        dense: Decisions whose arms are all run, by name, and why.
+    """
+
+    graph: fx.Graph
+    root: Block
+    demand: Demand
+    dense: dict[str, str]
+
+    def segments(self) -> Iterable[Segment]:
+        """Every segment."""
+        queue = [self.root]
+        while queue:
+            for step in queue.pop().steps:
+                if isinstance(step, Segment):
+                    yield step
+                else:
+                    queue.extend(arm for arm in step.arms if arm is not None)
+
+
+def make_plan(graph: fx.Graph, *, dense: dict[str, str] | None = None) -> Plan:
+    """Plan a graph.
+
+    Args:
+        graph: Specialised, propagated, rows marked.
+        dense: Decisions to run densely, by name, with the reason.
+
+    Returns:
+        The plan; decisions that cannot be carried out lazily are added to `dense` with the reason.
+    """
+    dense = dict(dense or {})
+    free = _shape_only(graph)
+    while True:
+        demand = analyse(graph, dense)
+        refused = {
+            unit.name: reason for unit in demand.units if (reason := _refuse(unit, demand, free, graph))
+        }
+        if not refused:
+            break
+        dense.update(refused)
+    builder = _Builder(graph, demand, free)
+    leaves = [leaf for leaf in graph.output_node().all_input_nodes]
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    nodes = [node for node in graph.nodes if node in demand.guards and node.op != "output"]
+    return Plan(graph, builder.block((), nodes, leaves, placeholders), demand, dense)
+
+
+class _Builder:
+    def __init__(self, graph: fx.Graph, demand: Demand, free: set[fx.Node]) -> None:
+        self.demand = demand
+        self.free = free
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+        self.names = {region.guard: region.name for region in demand.regions}
+
+    def block(
+        self, guard: Guard, nodes: list[fx.Node], wanted: list[fx.Node], given: list[fx.Node] | None = None
+    ) -> Block:
+        """Schedule the nodes under a guard.
+
+        Args:
+            guard: The block's guard.
+            nodes: Those with this guard or a longer one.
+            wanted: Values to deliver.
+            given: The block's inputs; None finds them.
+        """
+        inside = set(nodes)
+        if given is None:
+            given = self._sorted(
+                source
+                for node in nodes
+                for source in self.reads(node)
+                if source not in inside
+            )
+        units = [u for u in self.demand.units if u.guard == guard and u.selects[0] in inside]
+        owner: dict[fx.Node, Unit] = {}
+        for unit in units:
+            owner.update(dict.fromkeys(unit.selects, unit))
+        depth = len(guard)
+        own: list[fx.Node] = []
+        nested: dict[Unit, list[fx.Node]] = {unit: [] for unit in units}
+        for node in nodes:
+            if node in self.free or node.op in ("placeholder", "get_attr"):
+                continue
+            path = self.demand.guards[node]
+            if len(path) > depth:
+                owner[node] = path[depth][0]
+                nested[path[depth][0]].append(node)
+            elif node not in owner:
+                own.append(node)
+        steps = self._schedule(own, units, nested, owner, guard, set(given))
+        self._connect(steps, wanted)
+        return Block(guard, self._name(guard), given, steps, wanted)
+
+    def reads(self, node: fx.Node) -> list[fx.Node]:
+        """Data a node reads, through shape-only values and parameters, which every segment makes for itself."""
+        found = []
+        for source in node.all_input_nodes:
+            if source.op != "get_attr" and source not in self.free:
+                found.append(source)
+        return found
+
+    def _schedule(
+        self,
+        own: list[fx.Node],
+        units: list[Unit],
+        nested: dict[Unit, list[fx.Node]],
+        owner: dict[fx.Node, Unit],
+        guard: Guard,
+        ready: set[fx.Node],
+    ) -> list[Segment | Conditional]:
+        """Run as many nodes as possible between two conditionals."""
+        needs: dict[Unit, set[fx.Node]] = {}
+        for unit in units:
+            mine = {*nested[unit], *unit.selects}
+            needs[unit] = {s for node in mine for s in self.reads(node) if s not in mine}
+        pending, waiting = list(own), list(units)
+        steps: list[Segment | Conditional] = []
+        while pending or waiting:
+            run: list[fx.Node] = []
+            rest: list[fx.Node] = []
+            for node in pending:
+                if all(source in ready for source in self.reads(node)):
+                    ready.add(node)
+                    run.append(node)
+                else:
+                    rest.append(node)
+            pending = rest
+            if run:
+                steps.append(Segment(run))
+            for unit in waiting:
+                if needs[unit] <= ready:
+                    waiting.remove(unit)
+                    ready.update(unit.selects)
+                    steps.append(Conditional(unit, self._arms(unit, nested[unit], guard)))
+                    break
+            else:
+                if not run and (pending or waiting):
+                    raise LoweringError(f"the selects of {[u.name for u in waiting]} wait for each other")
+        return steps
+
+    def _arms(self, unit: Unit, nodes: list[fx.Node], guard: Guard) -> list[Block | None]:
+        arms: list[Block | None] = []
+        for index in range(len(arms_of(unit.selects[0]))):
+            path = (*guard, (unit, index))
+            inside = [n for n in nodes if self.demand.guards[n][: len(path)] == path]
+            values = [arms_of(select)[index] for select in unit.selects]
+            wanted = list(dict.fromkeys(v for v in values if v in set(inside)))
+            arms.append(self.block(path, inside, wanted) if inside else None)
+        return arms
+
+    def _connect(self, steps: list[Segment | Conditional], wanted: list[fx.Node]) -> None:
+        """Find what each segment reads and delivers."""
+        later: set[fx.Node] = set(wanted)
+        for step in reversed(steps):
+            if isinstance(step, Segment):
+                inside = set(step.nodes)
+                step.outputs = [node for node in step.nodes if node in later]
+                step.inputs = self._sorted(s for n in step.nodes for s in self.reads(n) if s not in inside)
+                later.update(step.inputs)
+            else:
+                later.add(step.unit.decision)
+                for arm in step.arms:
+                    later.update(arm.inputs if arm else ())
+                later.update(v for select in step.selects for v in arms_of(select))
+
+    def _sorted(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
+        """Unique, batched ones first, then in graph order."""
+        return sorted(set(nodes), key=lambda n: (not _batched(n), self.order[n]))
+
+    def _name(self, guard: Guard) -> str:
+        return self.names.get(guard, " & ".join(f"{u.name}={a}" for u, a in guard) or "always")
+
+
+def _batched(node: fx.Node) -> bool:
+    return is_tensor(node) and spec(node).batch_dim is not None
+
+
+def _shape_only(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that depend on no data: sizes, devices, and tensors made from sizes alone, such as positions."""
+    free: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op != "call_function" or is_select(node):
+            continue
+        if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
+            continue
+        found = node.meta.get("spec")
+        data = [s for s in node.all_input_nodes if s not in free]
+        if isinstance(found, Size) or node.target is getattr or not data:
+            free.add(node)
+    return free
+
+
+def _refuse(unit: Unit, demand: Demand, free: set[fx.Node], graph: fx.Graph) -> str | None:
+    """Why a conditional cannot run on a part of the rows; None if it can."""
+    decision = unit.decision
+    if not is_tensor(decision) or spec(decision).shape != (1,) or spec(decision).batch_dim != 0:
+        return "its decision is not one value a sample"
+    inside = {
+        node
+        for node, guard in demand.guards.items()
+        if guard[: len(unit.guard) + 1][len(unit.guard) :] and guard[len(unit.guard)][0] is unit
+    }
+    for select in unit.selects:
+        if not _batched(select) or not select.meta.get("sliceable", False):
+            return f"`{select.name}` has no row for each sample"
+    for node in inside:
+        if reason := _impure(node, graph.owning_module):
+            return reason
+        for source in node.all_input_nodes:
+            if source in inside or source in free or source.op == "get_attr":
+                continue
+            if isinstance(source.meta.get("spec"), Spec) and source.meta.get("sliceable", False):
+                continue
+            return f"`{source.name}`, which it needs, has no row for each sample"
+    return None
+
+
+def _impure(node: fx.Node, root: nn.Module | None) -> str | None:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        if torch.Tag.nondeterministic_seeded in target.tags and not _is_inactive_dropout(node):
+            return f"`{node.name}` draws random numbers"
+        if target._schema.is_mutable:
+            return f"`{node.name}` overwrites its input"
+    return None
+
+
+def _is_inactive_dropout(node: fx.Node) -> bool:
+    return "dropout" in str(node.target) or "scaled_dot_product" in str(node.target)
+
+
+def segment_module(segment: Segment, root: nn.Module) -> fx.GraphModule:
+    """A segment as a module of its own: parameters shared with `root`, batch sizes read off its own inputs.
+
+    Args:
+        segment: What to run.
+        root: Owner of the modules and parameters.
+
+    Returns:
+        A module called with the segment's inputs; returns a tuple of its outputs.
+    """
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in segment.inputs:
+        mapping[node] = graph.placeholder(node.name)
+        mapping[node].meta.update(node.meta)
+    anchor = segment.inputs[0]
+
+    def value(node: fx.Node) -> fx.Node:
+        if node not in mapping:
+            mapping[node] = make(node)
+        return mapping[node]
+
+    def make(node: fx.Node) -> fx.Node:
+        size = node.meta.get("spec")
+        if isinstance(size, Size):
+            return _local_size(graph, mapping[anchor], spec(anchor), size)
+        if node.target is getattr:
+            return graph.call_function(getattr, (mapping[anchor], node.args[1]))
+        for source in node.all_input_nodes:
+            value(source)
+        return graph.node_copy(node, lambda n: mapping[n])
+
+    for node in segment.nodes:
+        value(node)
+    graph.output(tuple(mapping[node] for node in segment.outputs))
+    return fx.GraphModule(root, graph, class_name="Segment")
+
+
+def _local_size(graph: fx.Graph, tensor: fx.Node, found: Spec, size: Size) -> fx.Node:
+    """`slope * batch + offset`, with the batch read off a tensor."""
+    result = graph.call_function(torch.ops.aten.sym_size.int, (tensor, found.batch_dim))
+    for function, operand, neutral in (
+        (operator.floordiv, found.rows, 1),
+        (operator.mul, size.slope, 1),
+        (operator.add, size.offset, 0),
+    ):
+        if operand != neutral:
+            result = graph.call_function(function, (result, operand))
+    return result
+
+
+

@@ -1,0 +1,122 @@
+"""What users and our own tests check a conversion with."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from dyncompile.errors import ArgumentError
+from dyncompile.lowering.lowered import LoweredModule
+from dyncompile.module import DynamicModule
+
+Shares = Mapping[str, float | Tensor] | Sequence[float]
+
+
+@contextmanager
+def forced(model: DynamicModule | LoweredModule, shares: Shares, *, seed: int = 0) -> Iterator[None]:
+    """Replace decisions while the context is open, for benchmarks and what-if questions.
+
+    Args:
+        model: A dynamic model or a lowered one.
+        shares: For each exit the share of all samples that leave there, for each gate the share that it keeps; or a
+            mask `[N]` bool in input order. A sequence gives the exits' shares in order. Decisions that are not named
+            are left as they are; exits must be enabled to be forced in a lowered model.
+        seed: Which samples are drawn; the same seed draws the same samples for the same batch size.
+
+    Raises:
+        ArgumentError: An unknown decision, a share outside [0, 1], or exits' shares that sum to more than 1.
+
+    Example:
+        >>> with forced(fast, {"exit0": 0.5}):  # doctest: +SKIP
+        ...     fast(x)
+    """
+    dyn = model.dynamic if isinstance(model, LoweredModule) else model
+    wanted = _checked(dyn, shares)
+    draw = _Draw(wanted, [n for n in dyn.exits if n in wanted], seed)
+    if isinstance(model, LoweredModule):
+        before, model._override = model._override, draw
+        try:
+            yield
+        finally:
+            model._override = before
+    else:
+        previous, dyn._override = dyn._override, lambda name, value: draw(name, value, None)
+        try:
+            yield
+        finally:
+            dyn._override = previous
+
+
+class _Draw:
+    """Masks over the whole batch, made when the first decision of a batch is asked for."""
+
+    def __init__(self, shares: Mapping[str, float | Tensor], exits: list[str], seed: int) -> None:
+        self.shares = shares
+        self.exits = exits
+        self.seed = seed
+        self.masks: dict[tuple[str, int, torch.device], Tensor] = {}
+        self.batch = 0
+
+    def __call__(self, name: str, value: Tensor, samples: Tensor | None) -> Tensor:
+        if name not in self.shares:
+            return value
+        if samples is None:
+            self.batch = value.shape[0]
+        key = (name, self.batch, value.device)
+        if key not in self.masks:
+            self.masks[key] = self._mask(name, self.batch).to(value.device)
+        mask = self.masks[key]
+        mask = mask if samples is None else mask[samples]
+        return mask if value.dtype == torch.bool else mask.to(value.dtype)
+
+    def _mask(self, name: str, batch: int) -> Tensor:
+        share = self.shares[name]
+        if isinstance(share, Tensor):
+            if share.shape != (batch,):
+                raise ArgumentError(f"shares[{name!r}]", found=list(share.shape), expected=f"a mask of [{batch}] samples")
+            return share.bool()
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(batch, generator=generator)
+        offset = float(torch.rand((), generator=generator))
+        start = 0.0
+        if name in self.exits:
+            # Exits draw disjoint samples: each its own stretch of one order.
+            earlier = [self.shares[n] for n in self.exits[: self.exits.index(name)]]
+            start = sum(s for s in earlier if not isinstance(s, Tensor))
+        else:
+            order = order[torch.randperm(batch, generator=generator.manual_seed(self.seed + _stable(name)))]
+        mask = torch.zeros(batch, dtype=torch.bool)
+        mask[order[_cut(start, batch, offset) : _cut(start + share, batch, offset)]] = True
+        return mask
+
+
+def _cut(share: float, batch: int, offset: float) -> int:
+    """The number of samples that a share is: rounded down after a random offset, so that it is right on average."""
+    if share >= 1 - 1e-9:
+        return batch
+    return min(batch, math.floor(share * batch + offset)) if share > 0 else 0
+
+
+def _stable(name: str) -> int:
+    return sum((i + 1) * byte for i, byte in enumerate(name.encode()))
+
+
+def _checked(dyn: DynamicModule, shares: Shares) -> dict[str, float | Tensor]:
+    known = [*dyn.exits, *dyn.gates]
+    given = dict(shares) if isinstance(shares, Mapping) else dict(zip(dyn.exits, shares, strict=False))
+    if not isinstance(shares, Mapping) and len(shares) > len(dyn.exits):
+        raise ArgumentError("shares", found=f"{len(shares)} shares", expected=f"at most {len(dyn.exits)}, one an exit")
+    for name, share in given.items():
+        if name not in known:
+            raise ArgumentError("shares", found=repr(name), expected=f"names among {known}")
+        if not isinstance(share, Tensor) and not 0 <= share <= 1:
+            raise ArgumentError(f"shares[{name!r}]", found=share, expected="a share in [0, 1] or a mask")
+    total = sum(s for n, s in given.items() if n in dyn.exits and not isinstance(s, Tensor))
+    if total > 1 + 1e-9:
+        raise ArgumentError("shares", found=f"exits that sum to {total}", expected="at most 1")
+    return given
+
+
+__all__ = ["Shares", "forced"]

@@ -1,5 +1,6 @@
 """The command line, a thin layer over the API."""
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,6 +13,7 @@ from dyncompile.errors import ArgumentError, DyncompileError
 if TYPE_CHECKING:
     from torch import nn
 
+    from dyncompile import DynamicModule
     from dyncompile.demo.datasets import Images
 
 app = typer.Typer(
@@ -41,6 +43,10 @@ Data = Annotated[
     ),
 ]
 Strategy = Annotated[list[str], typer.Option(help="Technique; repeat to combine.")]
+Option = Annotated[
+    list[str],
+    typer.Option("--option", "-o", help="Option of the technique, such as exits=4 or head=conv."),
+]
 Shape = Annotated[
     str | None,
     typer.Option(help="Shape of one input, such as 3,224,224; inferred where left out."),
@@ -115,13 +121,14 @@ def inspect(
         typer.Argument(help="Folder of the converted model; without it, what convert would do."),
     ] = None,
     strategy: Strategy = ["early_exit"],  # noqa: B006 - typer copies it
+    option: Option = [],  # noqa: B006
     input_shape: Shape = None,
 ) -> None:
     """Print a dynamic model's regions, their guards and their share of the cost."""
     import dyncompile as dc
 
     static = _model(model)
-    dyn = dc.load(folder, static) if folder else _dynamize(static, strategy, input_shape)
+    dyn = dc.load(folder, static) if folder else _dynamize(static, strategy, input_shape, option)
     typer.echo(dyn.inspect())
 
 
@@ -130,6 +137,7 @@ def convert(
     model: Model,
     out: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
     strategy: Strategy = ["early_exit"],  # noqa: B006 - typer copies it
+    option: Option = [],  # noqa: B006
     input_shape: Shape = None,
     force: Force = False,
 ) -> None:
@@ -137,7 +145,7 @@ def convert(
     import dyncompile as dc
 
     _free(out, force=force, argument="out")
-    dyn = _dynamize(_model(model), strategy, input_shape)
+    dyn = _dynamize(_model(model), strategy, input_shape, option)
     dc.save(dyn, out)
     typer.echo(dyn.inspect())
 
@@ -158,7 +166,7 @@ def finetune(
     import dyncompile as dc
 
     images = _images(data, seed)
-    dyn = dc.load(folder, _model(model)).to(_device(device))
+    dyn = _load(model, folder, device)
     dc.finetune(dyn, images.train, images.calibration, epochs=epochs, mode=mode, seed=seed)
     dc.save(dyn, folder)
 
@@ -181,7 +189,7 @@ def calibrate(
     if report:
         _free(report, force=force, argument="report")
     images = _images(data, seed)
-    dyn = dc.load(folder, _model(model)).to(_device(device))
+    dyn = _load(model, folder, device)
     calibration = dc.calibrate(
         dyn, images.calibration, max_drop=max_drop, confidence=confidence, seed=seed
     )
@@ -205,11 +213,10 @@ def bench(
     device: Device = "cpu",
 ) -> None:
     """Time the lowered model against every form of the static one, on the test split."""
-    import dyncompile as dc
     from dyncompile.demo.measure import bench as measure
 
     images = _images(data, seed)
-    dyn = dc.load(folder, _model(model)).to(_device(device)).eval()
+    dyn = _load(model, folder, device).eval()
     table = measure(
         dyn, images.test.tensors[0], batch_size=batch_size, repeats=repeats, backend=backend
     )
@@ -238,13 +245,17 @@ def _free(path: Path, *, force: bool, argument: str) -> None:
 def _model(spec: str) -> "nn.Module":
     from torch import nn
 
-    from dyncompile.demo.factory import load_object
+    from dyncompile.demo.factory import make
 
-    model = load_object(spec, argument="model")()
-    if not isinstance(model, nn.Module):
-        found = f"a {type(model).__name__} from {spec}"
-        raise ArgumentError("model", found=found, expected="a callable that returns an nn.Module")
-    return model
+    return make(spec, nn.Module, argument="model")
+
+
+def _load(model: str, folder: Path, device: str) -> "DynamicModule":
+    import dyncompile as dc
+    from dyncompile.demo.factory import find_device
+
+    dyn: DynamicModule = dc.load(folder, _model(model)).to(find_device(device))
+    return dyn
 
 
 def _images(data: str, seed: int) -> "Images":
@@ -253,33 +264,28 @@ def _images(data: str, seed: int) -> "Images":
     return load(data, seed=seed)
 
 
-def _device(name: str) -> Any:
-    import torch
-
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        found = f"{name!r} ({str(error).splitlines()[0]})"
-        raise ArgumentError(
-            "device", found=found, expected="cpu, or a device that is here"
-        ) from None
-    return device
-
-
-def _dynamize(model: "nn.Module", strategy: list[str], shape: str | None) -> Any:
+def _dynamize(
+    model: "nn.Module", strategy: list[str], shape: str | None, options: list[str]
+) -> "DynamicModule":
     import torch
 
     import dyncompile as dc
 
     example = None
     if shape is not None:
-        try:
-            sizes = [int(size) for size in shape.split(",")]
-        except ValueError:
-            sizes = [0]
+        sizes = [int(size) if size.isdecimal() else 0 for size in shape.split(",")]
         if min(sizes) < 1:
             expected = "positive sizes without the batch, such as 3,224,224"
             raise ArgumentError("input_shape", found=repr(shape), expected=expected)
         example = (torch.zeros(2, *sizes),)
-    return dc.dynamize(model, strategy=strategy, example_inputs=example)
+    parsed = {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not equals:
+            raise ArgumentError("option", found=repr(option), expected="name=value")
+        try:
+            parsed[name] = json.loads(value)
+        except json.JSONDecodeError:
+            parsed[name] = value
+    names: Any = strategy[0] if len(strategy) == 1 else strategy
+    return dc.dynamize(model, names, example_inputs=example, **parsed)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from dyncompile.demo.factory import load_object
+from dyncompile.demo.factory import make
 from dyncompile.errors import ArgumentError, DataError, require
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -76,11 +76,7 @@ def load(source: str, *, seed: int = 0, size: int = 32) -> Images:
     if source.startswith("imagefolder:"):
         return image_folder(Path(source.removeprefix("imagefolder:")), seed=seed, size=size)
     if ":" in source:
-        images = load_object(source, argument="data")()
-        if not isinstance(images, Images):
-            found = f"a {type(images).__name__} from {source}"
-            raise DataError("data", found=found, expected="dyncompile.demo.datasets.Images")
-        return images
+        return make(source, Images, argument="data")
     if Path(source).is_dir():
         return idx_folder(Path(source), seed=seed)
     expected = "digits, fashion-mnist, a folder of IDX files, imagefolder:DIR or FILE.py:FACTORY"

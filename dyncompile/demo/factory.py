@@ -1,48 +1,82 @@
-"""Objects that the command line names: `package.module:factory`, `file.py:factory`."""
+"""What the command line names: factories as `package.module:name` or `file.py:name`, devices."""
 
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TypeVar
 
-from dyncompile.errors import ArgumentError
+import torch
+
+from dyncompile.errors import ArgumentError, DyncompileError
+
+T = TypeVar("T")
 
 
-def load_object(spec: str, *, argument: str) -> Callable[..., Any]:
-    """Find the callable that `PACKAGE.MODULE:NAME` or `FILE.py:NAME` speaks of.
+def make(spec: str, kind: type[T], *, argument: str) -> T:
+    """Call the factory that `PACKAGE.MODULE:NAME` or `FILE.py:NAME` speaks of.
+
+    Args:
+        spec: Where the factory is.
+        kind: What it must return.
+        argument: What an error calls `spec`.
 
     Raises:
-        ArgumentError: No such file, module or name, or it is no callable.
+        ArgumentError: There is no such file, module or name, it fails, or it returns another kind.
 
-    >>> load_object("dyncompile.demo.models:resnet20", argument="model").__name__
-    'resnet20'
+    >>> from torch import nn
+    >>> type(make("dyncompile.demo.models:resnet20", nn.Module, argument="model")).__name__
+    'ResNet'
     """
     module_name, _, name = spec.rpartition(":")
-    expected = "package.module:factory or file.py:factory"
     if not module_name or not name:
+        expected = "package.module:factory or file.py:factory"
         raise ArgumentError(argument, found=repr(spec), expected=expected)
+    expected = f"a factory that returns {kind.__module__}.{kind.__qualname__}"
     try:
-        module = _import(module_name)
-    except (ImportError, FileNotFoundError) as error:
-        raise ArgumentError(argument, found=f"{spec!r} ({error})", expected=expected) from error
-    factory = getattr(module, name, None)
-    if not callable(factory):
-        found = f"no callable {name!r} in {module_name}"
+        made = getattr(_import(module_name), name)()
+    except DyncompileError:
+        raise
+    except Exception as error:  # what a user's code raises can be anything
+        found = f"{spec}, which fails ({type(error).__name__}: {error})"
+        raise ArgumentError(argument, found=found, expected=expected) from error
+    if not isinstance(made, kind):
+        found = f"a {type(made).__name__} from {spec}"
         raise ArgumentError(argument, found=found, expected=expected)
-    return factory  # type: ignore[no-any-return]
+    return made
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ArgumentError: There is none on this machine.
+
+    >>> find_device("cpu")
+    device(type='cpu')
+    """
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        found = f"{name!r} ({str(error).splitlines()[0]})"
+        expected = "cpu, or a device of this machine"
+        raise ArgumentError("device", found=found, expected=expected) from error
 
 
 def _import(name: str) -> ModuleType:
     if not name.endswith(".py"):
-        return importlib.import_module(name)
-    path = Path(name)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise FileNotFoundError(f"no file {name}")
+        sys.path.insert(0, str(Path.cwd()))
+        try:
+            return importlib.import_module(name)
+        finally:
+            sys.path.pop(0)
+    path = Path(name).resolve()
+    module_name = f"_dyncompile_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{name} is no Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)
+    sys.modules[module_name] = module
     spec.loader.exec_module(module)
     return module

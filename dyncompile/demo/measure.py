@@ -8,7 +8,11 @@ import time
 from collections.abc import Callable, Mapping
 
 import torch
+from rich.table import Table
 from torch import Tensor, nn
+
+import dyncompile as dc
+from dyncompile.errors import DataError
 
 Call = Callable[[Tensor], Tensor]
 
@@ -72,3 +76,34 @@ def fastest(model: nn.Module, inputs: Tensor, *, repeats: int = 5) -> tuple[str,
     times = take_turns(forms, [inputs], repeats=repeats)
     name = min(times, key=times.__getitem__)
     return name, forms[name]
+
+
+def bench(
+    dyn: dc.DynamicModule, inputs: Tensor, *, batch_size: int, repeats: int, backend: str
+) -> Table:
+    """Time a dynamic model, lowered, against every form of its static one, on whole batches.
+
+    Raises:
+        DataError: There are fewer inputs than one batch.
+    """
+    batches = [batch for batch in inputs.split(batch_size) if len(batch) == batch_size]
+    if not batches:
+        raise DataError("data", found=f"{len(inputs)} inputs", expected=f"{batch_size} or more")
+    fast = dc.lower(dyn, backend=backend)
+    fast.warmup([batch_size])
+    forms = static_forms(dyn.static(), images=inputs.ndim == 4)
+    times = take_turns({**forms, "dynamic, lowered": fast}, batches, repeats=repeats)
+    with torch.no_grad():
+        cost = torch.cat([dyn.trace(batch).cost for batch in batches]).mean().item()
+    twin = min(times[form] for form in forms)
+    table = Table(
+        title=f"{len(batches)} batches of {batch_size}",
+        caption=f"counted cost {cost:.3f}; time ratios are to the fastest static form",
+    )
+    table.add_column("model")
+    table.add_column("ms per batch", justify="right")
+    table.add_column("time ratio", justify="right")
+    for name, seconds in sorted(times.items(), key=lambda item: item[1]):
+        milliseconds = f"{1e3 * seconds / len(batches):.2f}"
+        table.add_row(name, milliseconds, f"{seconds / twin:.3f}")
+    return table

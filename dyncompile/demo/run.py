@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dyncompile as dc
 from dyncompile.demo.datasets import Images, load
+from dyncompile.demo.factory import find_device
 from dyncompile.demo.measure import fastest, has_compiler, take_turns
 from dyncompile.demo.models import ResNet
 from dyncompile.demo.train import Augmented, Schedule, accuracy, train
@@ -87,11 +88,14 @@ def run(settings: Settings, console: Console) -> dict[str, Row]:
         Rows "static", "dynamic" and "small static".
 
     Raises:
-        ArgumentError: `resume` with other settings than those of the run in `out`.
+        ArgumentError: A setting has no usable value, or `resume` comes with other settings than
+            those of the run in `out`.
         DataError: The data cannot be read.
         UnreachableTargetError: No thresholds keep `max_drop`.
     """
+    find_device(settings.device)
     images = load(settings.data, seed=settings.seed)
+    full = _flops(images, settings.depth, settings.width)
     few = len(images.train) < FEW
     settings = dataclasses.replace(
         settings,
@@ -134,7 +138,6 @@ def run(settings: Settings, console: Console) -> dict[str, Row]:
     test, labels = (tensor.to(settings.device) for tensor in images.test.tensors)
     with torch.no_grad():
         cost = torch.cat([dyn.trace(part).cost for part in test.split(256)]).mean().item()
-    full = _flops(images, settings.depth, settings.width)
     width = next(w for w in itertools.count(1) if _flops(images, 8, w) >= cost * full)
     small = _static(settings, images, 8, width, console)
 

@@ -1,0 +1,145 @@
+"""The command line: a whole way through it, and what it says to bad input."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dyncompile.cli import main
+
+MODELS = """
+import torch
+from torch import nn
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+    )
+
+def number():
+    return 3
+
+def broken():
+    raise RuntimeError("no weights here")
+"""
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models.py").write_text(MODELS)
+    return "models.py:model"
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command; its exit code, standard output and standard error."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as stopped:
+            main([str(argument) for argument in arguments])
+        return stopped.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+def test_help_names_every_command(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    for command in ("demo", "inspect", "convert", "finetune", "calibrate", "bench"):
+        assert command in out
+        code, text, _ = run(command, "--help")
+        assert code == 0
+        assert "Usage" in text
+
+
+def test_from_convert_to_bench(run, model, needs, device):
+    needs("sklearn")
+    needs("lightning")
+    shape = ("--input-shape", "1,16,16")
+    code, out, err = run("convert", model, "dyn", "-o", "exits=1", *shape)
+    assert (code, err) == (0, "")
+    assert "exit0" in out
+    steps = json.loads(Path("dyn/recipe.json").read_text())["steps"]
+    assert [step["options"]["exits"] for step in steps] == [1]
+
+    on = ("--device", device)
+    assert run("finetune", model, "dyn", "--epochs", "1", *on)[0] == 0
+    code, out, _ = run(
+        "calibrate", model, "dyn", "--max-drop", "0.2", "--report", "report.html", *on
+    )
+    assert code == 0
+    assert "exit0" in out
+    assert "<html" in Path("report.html").read_text()
+    assert "exit0" in run("inspect", model, "dyn")[1]
+    code, out, _ = run(
+        "bench", model, "dyn", "--backend", "eager", "--repeats", "1", "--batch-size", "64", *on
+    )
+    assert code == 0
+    assert "dynamic, lowered" in out
+
+
+def test_inspect_shows_what_convert_would_do(run, model):
+    code, out, _ = run("inspect", model, "--input-shape", "1,16,16")
+    assert code == 0
+    assert "exit0" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convert", "models.py", "out"], "error: `model`: found 'models.py'; expected package"),
+        (["convert", "none.py:model", "out"], "error: `model`: found none.py:model, which fails"),
+        (["convert", "models.py:none", "out"], "has no attribute 'none'"),
+        (["convert", "models.py:broken", "out"], "RuntimeError: no weights here"),
+        (["convert", "models.py:number", "out"], "found a int from models.py:number"),
+        (["convert", "no.such.module:model", "out"], "No module named 'no'"),
+        (
+            ["convert", "models.py:model", "out", "--input-shape", "3,x"],
+            "`input_shape`: found '3,x'",
+        ),
+        (["convert", "models.py:model", "out", "-o", "exits"], "`option`: found 'exits'"),
+        (["convert", "models.py:model", "out", "--strategy", "early_exits"], "early_exit"),
+        (["convert", "models.py:model", "."], "`out`: found ., which exists"),
+        (
+            ["calibrate", "models.py:model", "out", "--report", "models.py"],
+            "`report`: found models.py",
+        ),
+        (["finetune", "models.py:model", "none"], "none"),
+        (["finetune", "models.py:model", "none", "--data", "letters"], "`data`: found 'letters'"),
+        (["bench", "models.py:model", "none", "--data", "none.py:images"], "`data`: found none.py"),
+        (["demo", "--out", "."], "`out`: found ., which exists"),
+        (["demo", "--data", "letters"], "`data`: found 'letters'"),
+        (["demo", "--device", "abacus"], "`device`: found 'abacus'"),
+        (["demo", "--depth", "19"], "`depth`: found 19; expected 6n + 2"),
+    ],
+)
+def test_bad_input_is_one_line(run, model, tmp_path, needs, arguments, message):
+    needs("sklearn")
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = run(*arguments)
+    assert code == 1
+    assert out == ""
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert sorted(path for path in tmp_path.rglob("*") if "pycache" not in str(path)) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["frobnicate"],
+        ["demo", "--epochs", "0"],
+        ["calibrate", "m.py:f", "out", "--max-drop", "1.5"],
+        ["finetune", "m.py:f", "out", "--mode", "tails"],
+    ],
+)
+def test_wrong_usage_exits_with_2(run, arguments):
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert "Usage" in err

@@ -81,7 +81,9 @@ class DynamicModule(nn.Module):
         self.recipe = recipe
         self.task = graph.task
         self._override: Override | None = None
-        self._programs: dict[str, Callable[..., Any]] = {}
+        # Made here and not when first called, so that torch.compile finds plain functions.
+        self._forward = program(graph.fx)
+        self._trace = program(self._trace_graph())
         self._costs: dict[tuple[str, ...], CostModel] = {}
 
     # --- running ---------------------------------------------------------------------------------
@@ -97,12 +99,7 @@ class DynamicModule(nn.Module):
         inputs = signature.flatten(args, kwargs)
         if self._override is not None:
             return self.trace(*args, **kwargs).output
-        return signature.unflatten(self._program("forward", lambda: self._graph.fx)(self, *inputs))
-
-    def _program(self, name: str, graph: Callable[[], fx.Graph]) -> Callable[..., Any]:
-        if name not in self._programs:
-            self._programs[name] = program(graph())
-        return self._programs[name]
+        return signature.unflatten(self._forward(self, *inputs))
 
     def trace(self, *args: Any, **kwargs: Any) -> Trace:
         """Run densely and return every exit's prediction, every decision and the cost of each sample.
@@ -117,7 +114,7 @@ class DynamicModule(nn.Module):
         inputs = self._graph.signature.flatten(args, kwargs)
         nodes = self._taps()
         if self._override is None:
-            values = self._program("trace", self._trace_graph)(self, *inputs)
+            values = self._trace(self, *inputs)
         else:
             values = _Overriding(self, self._override).run(*inputs)
         output = self._graph.signature.unflatten(values[0])

@@ -1,0 +1,314 @@
+"""Segments compiled by inductor: weights frozen, batch dynamic, called without guards.
+
+A segment goes through `torch._inductor.compile_fx` directly. What that returns is wrapped by AOTAutograd and, under
+`torch.compile`, by dynamo's guards; both exist for cases a segment never has (autograd, mutation, Python control flow),
+so the program that inductor generated is kept and called itself.
+
+Three things are done that inductor leaves undone when the batch is symbolic:
+
+- Convolution weights are packed for the example's batch. Inductor packs them at every call as soon as a size is
+  symbolic, which doubles the time of a ResNet-18 at batch 1. oneDNN reads the packed form at any batch.
+- Guards are kept and looked at, not dropped: a program serves the batch sizes for which what tracing assumed holds.
+  Those of a convolution's choice of eager kernel are left out, as that kernel does not run.
+- Every tensor at a border is dense, channels-last where it is so in eager mode and row-major elsewhere, so nothing is
+  converted between segments.
+
+Segments of equal structure are not merged. Their kernels are: inductor keys compiled C++ and Triton by source, and
+frozen weights are arguments to it. What would be left to share is the code generation, a tenth of a second; weights as
+inputs would in exchange stay unfolded and unpacked.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.source import ConstantSource
+from torch._guards import TracingContext, tracing
+from torch._inductor import config
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.constant_folding import replace_node_with_constant
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+
+from dyncompile.errors import ArgumentError, LoweringError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentInput:
+    """How an input of a segment carries the batch.
+
+    Attributes:
+        batch_dim: Dimension that holds the batch; None if the input is the same for every batch.
+        rows: Rows that a sample owns: the size of `batch_dim` is `rows` times the batch size.
+    """
+
+    batch_dim: int | None = 0
+    rows: int = 1
+
+
+def compile_segment(
+    segment: fx.GraphModule,
+    example_inputs: Sequence[Tensor],
+    inputs: Sequence[SegmentInput],
+    *,
+    cudagraphs: bool = False,
+) -> "CompiledSegment":
+    """Compile a straight-line segment for every batch size.
+
+    The weights are read now and copied: the segment's modules are neither changed nor looked at again.
+
+    Args:
+        segment: Takes the tensors of `example_inputs`, returns a tuple of tensors.
+        example_inputs: One tensor per input. Their shapes, dtypes, devices and memory formats count, not their values;
+            their batch size is the one that weights are packed for. Four-dimensional features should be channels-last
+            if the model convolves.
+        inputs: How each input carries the batch.
+        cudagraphs: Record and replay CUDA graphs, one per batch size. Outputs are then overwritten by the next call.
+
+    Raises:
+        ArgumentError: `inputs` does not fit `example_inputs`.
+        LoweringError: The segment computes something that is tied to the example's batch size.
+    """
+    return CompiledSegment(segment, example_inputs, inputs, cudagraphs=cudagraphs)
+
+
+def compile_module(
+    module: nn.Module,
+    example_inputs: Sequence[Tensor],
+    inputs: Sequence[SegmentInput] | None = None,
+    *,
+    cudagraphs: bool = False,
+) -> "CompiledSegment":
+    """Compile a whole static model the way segments are: the static twin of a lowered model.
+
+    Args:
+        module: Any module that tensors go into; it is compiled in eval mode.
+        example_inputs: As in `compile_segment`.
+        inputs: As in `compile_segment`; by default the first dimension of every input is the batch.
+        cudagraphs: As in `compile_segment`.
+
+    Returns:
+        A callable that returns the tensors of the module's output as a flat tuple.
+
+    Raises:
+        ArgumentError: `inputs` does not fit `example_inputs`.
+        LoweringError: The model computes something that is tied to the example's batch size.
+    """
+    if inputs is None:
+        inputs = [SegmentInput()] * len(example_inputs)
+    return CompiledSegment(module, example_inputs, inputs, cudagraphs=cudagraphs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Program:
+    """What inductor made, and the assumptions under which it is right.
+
+    Attributes:
+        run: Takes a list of the batch size and the tensors, and empties it.
+        guards: What was assumed of the batch size, as expressions in `symbol`.
+    """
+
+    run: Callable[[list[Any]], Sequence[Tensor]]
+    symbol: sympy.Symbol
+    guards: tuple[sympy.Basic, ...]
+
+    def serves(self, batch: int) -> bool:
+        return all(guard.xreplace({self.symbol: sympy.Integer(batch)}) for guard in self.guards)
+
+
+class CompiledSegment:
+    """A segment for every batch size from 1 on.
+
+    Call it under `torch.inference_mode()` or `torch.no_grad()`. Inputs may have any strides; those
+    laid out as the examples were are not copied. An output may share memory with an input.
+
+    Attributes:
+        programs: How many programs were compiled: one, unless the code depends on the range that
+            the batch size lies in.
+    """
+
+    def __init__(
+        self,
+        segment: nn.Module,
+        example_inputs: Sequence[Tensor],
+        inputs: Sequence[SegmentInput],
+        *,
+        cudagraphs: bool = False,
+    ) -> None:
+        self._batch_of, batch = _batch(example_inputs, inputs)
+        self._examples = [torch.empty_like(t, device="meta") for t in example_inputs]
+        self._devices = [t.device for t in example_inputs]
+        self._inputs = tuple(inputs)
+        self._formats = [_memory_format(t) for t in example_inputs]
+        self._cudagraphs = cudagraphs
+        # Constants of the program lie in this copy, so the user's weights may change or go.
+        self._segment = copy.deepcopy(segment).eval()
+        self._programs: list[_Program] = []
+        self._serving: dict[int, _Program] = {}
+        self.warmup([max(batch, 2)])
+
+    @property
+    def programs(self) -> int:
+        return len(self._programs)
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Run the segment.
+
+        Args:
+            tensors: In the order of the examples; of one batch size, at least 1.
+
+        Returns:
+            The segment's outputs, dense.
+        """
+        position, dim, rows = self._batch_of
+        batch = tensors[position].shape[dim] // rows
+        program = self._serving.get(batch) or self._serve(batch)
+        arguments: list[Any] = [batch]
+        for tensor, layout in zip(tensors, self._formats, strict=True):
+            arguments.append(tensor.contiguous(memory_format=layout))
+        return tuple(program.run(arguments))
+
+    def warmup(self, batch_sizes: Iterable[int]) -> None:
+        """Compile what these batch sizes need and nothing has yet."""
+        for batch in batch_sizes:
+            self._serve(batch)
+
+    def _serve(self, batch: int) -> _Program:
+        program = next((p for p in self._programs if p.serves(batch)), None)
+        if program is None:
+            program = self._compile(max(batch, 2))
+            self._programs.append(program)
+        self._serving[batch] = program
+        return program
+
+    def _compile(self, hint: int) -> _Program:
+        env = ShapeEnv()
+        fake_mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
+        source = ConstantSource("batch")
+        symbol = env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
+        batch: Any = env.create_symintnode(symbol, hint=hint, source=source)
+        fakes = [batch]
+        for example, device, given, layout in zip(
+            self._examples, self._devices, self._inputs, self._formats, strict=True
+        ):
+            size: list[Any] = list(example.shape)
+            if given.batch_dim is not None:
+                size[given.batch_dim] = batch * given.rows
+            with fake_mode:
+                fake = torch.empty(size, dtype=example.dtype, device=device, memory_format=layout)
+            fakes.append(fake)
+
+        code: list[Any] = []
+
+        def keep(gm: fx.GraphModule, inputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+            if len(inputs) != len(fakes):
+                raise LoweringError(
+                    "the segment changes or returns one of its own parameters or buffers, so it"
+                    " cannot be frozen"
+                )
+            _pack_convolutions(gm, {symbol: hint})
+            code.append(compile_fx_inner(gm, inputs, *args, **kwargs))
+            return code[0]
+
+        patches = {
+            "freezing": True,
+            "freezing_discard_parameters": False,
+            "triton.cudagraphs": self._cudagraphs,
+        }
+        with torch.no_grad(), config.patch(patches), tracing(TracingContext(fake_mode)):
+            compile_fx(_Entry(self._segment), fakes, inner_compile=keep)
+        if symbol in env.replacements:
+            raise LoweringError(
+                f"the segment computes something tied to the example's batch size, {hint}: {env.replacements}"
+            )
+        guards = tuple(guard.expr for guard in env.guards if not _picks_eager_kernel(guard))
+        return _Program(run=code[0].current_callable, symbol=symbol, guards=guards)
+
+
+class _Entry(nn.Module):
+    """The segment as inductor sees it: batch size first, a flat list of dense tensors out.
+
+    Not a GraphModule: inductor would fold batch norm into modules after it has read their weights.
+    """
+
+    def __init__(self, segment: nn.Module) -> None:
+        super().__init__()
+        self.segment = segment
+
+    def forward(self, _: int, *tensors: Tensor) -> list[Tensor]:
+        outputs = pytree.tree_leaves(self.segment(*tensors))
+        return [t.contiguous(memory_format=_memory_format(t)) for t in outputs]
+
+
+def _memory_format(tensor: Tensor) -> torch.memory_format:
+    """Channels-last where a tensor is that and no more than that, else row-major."""
+    if not tensor.is_contiguous():
+        last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+        if last is not None and tensor.is_contiguous(memory_format=last):
+            return last
+    return torch.contiguous_format
+
+
+def _batch(
+    examples: Sequence[Tensor], inputs: Sequence[SegmentInput]
+) -> tuple[tuple[int, int, int], int]:
+    """Where to read the batch size, as (input, dimension, rows a sample), and the examples'."""
+    if len(inputs) != len(examples):
+        raise ArgumentError(
+            "inputs", found=f"{len(inputs)} entries", expected=f"{len(examples)}, one an example"
+        )
+    found = [
+        ((i, given.batch_dim, given.rows), divmod(example.shape[given.batch_dim], given.rows))
+        for i, (example, given) in enumerate(zip(examples, inputs, strict=True))
+        if given.batch_dim is not None
+    ]
+    sizes = {size for _, size in found}
+    if len(sizes) != 1 or next(iter(sizes))[0] < 1 or next(iter(sizes))[1]:
+        raise ArgumentError(
+            "example_inputs",
+            found=f"shapes {[tuple(t.shape) for t in examples]} with {list(inputs)}",
+            expected="at least one batched input, and one batch size in all of them",
+        )
+    return found[0][0], found[0][1][0]
+
+
+def _pack_convolutions(gm: fx.GraphModule, hint: dict[sympy.Symbol, int]) -> None:
+    """Bring the frozen weights of oneDNN convolutions into the layout that its kernels read."""
+    if not torch.backends.mkldnn.is_available():
+        return
+
+    def known(size: Any) -> int:
+        return int(size.node.expr.xreplace(hint)) if isinstance(size, torch.SymInt) else size
+
+    pack = torch.ops.mkldnn._reorder_convolution_weight.default
+    with _disable_current_modes():
+        for node in gm.graph.find_nodes(
+            op="call_function", target=torch.ops.mkldnn._convolution_pointwise.default
+        ):
+            source, weight, _, *geometry = node.args[:7]
+            if weight.op != "get_attr" or weight.meta["val"].device.type != "cpu":
+                continue
+            frozen = getattr(gm, weight.target)
+            if frozen.is_mkldnn:
+                continue
+            arguments = (*geometry, [known(size) for size in source.meta["val"].shape])
+            with gm.graph.inserting_before(node):
+                packed = gm.graph.call_function(pack, (weight, *arguments))
+            packed.meta["val"] = weight.meta["val"]
+            node.replace_input_with(weight, packed)
+            replace_node_with_constant(gm, packed, pack(frozen.detach(), *arguments))
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+
+
+def _picks_eager_kernel(guard: Any) -> bool:
+    """Whether a guard stems from choosing the kernel that a convolution would run in eager mode."""
+    return "fake_impls.py" in str(guard.sloc.framework_loc) and " in conv" in str(
+        guard.sloc.framework_loc
+    )

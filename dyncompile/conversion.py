@@ -14,7 +14,7 @@ from dyncompile.errors import ArgumentError
 from dyncompile.graph import Graph, spec
 from dyncompile.module import DynamicModule
 from dyncompile.passes import Pass, Refusal, Site, resolve
-from dyncompile.recipe import Recipe, Step, class_name, fingerprint
+from dyncompile.recipe import Recipe, Step, class_name, encode_option, floating_dtype, state_shapes
 
 
 def dynamize(
@@ -88,7 +88,8 @@ def describe(graph: Graph, model: nn.Module, origin: str, *, prediction_only: bo
         dyncompile=importlib.metadata.version("dyncompile"),
         torch=str(torch.__version__),
         model=class_name(model),
-        fingerprint=fingerprint(model.state_dict()),
+        state=state_shapes(model),
+        dtype=floating_dtype(model),
         mode="train" if graph.mode == "train" else "eval",
         task="regression" if graph.task == "regression" else "classification",
         inputs=origin,
@@ -104,19 +105,12 @@ def _infer_task(graph: Graph) -> str:
 
 
 def _step(item: Pass, sites: list[Site], refused: list[Refusal]) -> Step:
-    options = {k: list(v) if isinstance(v, tuple) else v for k, v in item.options().items()}
-    options = {k: _importable(v) if callable(v) else v for k, v in options.items()}
     return Step(
         strategy=item.name,
-        options=options,
+        options={name: encode_option(value) for name, value in item.options().items()},
         sites=[dataclasses.asdict(site) for site in sites],
         refused=[dataclasses.asdict(refusal) for refusal in refused],
     )
-
-
-def _importable(value: Any) -> str:
-    """A callable option by name; `dyncompile.load` imports it again."""
-    return f"{getattr(value, '__module__', '?')}:{getattr(value, '__qualname__', type(value).__qualname__)}"
 
 
 __all__ = ["describe", "dynamize"]

@@ -25,7 +25,8 @@ def copy_graph(exported: fx.GraphModule, constants: dict[str, Tensor], known: se
 
     Args:
         exported: `ExportedProgram.module()`.
-        constants: Filled with the tensors that export lifted, under the names that the new graph uses.
+        constants: Filled with the tensors that export lifted, under the names that the new graph
+            uses.
         known: Names of the model's own parameters and buffers.
 
     Returns:
@@ -39,6 +40,8 @@ def copy_graph(exported: fx.GraphModule, constants: dict[str, Tensor], known: se
             graph.output(fx.map_arg(tuple(leaves), lambda n: mapping[n]))
         elif node.op == "call_module" or node.target in _GUARDS:
             continue  # the export's own guard functions
+        elif node.op == "placeholder" and not isinstance(node.meta.get("val"), Tensor):
+            continue  # an argument that is no tensor: its value is baked in
         else:
             new = graph.node_copy(node, lambda n: mapping[n])
             new.meta = {"stack_trace": node.meta.get("stack_trace"), "path": _path(node)}
@@ -75,16 +78,12 @@ _INVERSE_VIEWS: dict[Any, Callable[..., Any]] = {
     aten.diagonal.default: lambda g, base, new, *a: g.call_function(
         aten.diagonal_scatter.default, (base, new, *a)
     ),
-    aten.transpose.int: lambda g, base, new, a, b: g.call_function(
-        aten.transpose.int, (new, a, b)
-    ),
+    aten.transpose.int: lambda g, base, new, a, b: g.call_function(aten.transpose.int, (new, a, b)),
     aten.t.default: lambda g, base, new: g.call_function(aten.t.default, (new,)),
     aten.permute.default: lambda g, base, new, dims: g.call_function(
         aten.permute.default, (new, [list(dims).index(i) for i in range(len(dims))])
     ),
-    aten.unsqueeze.default: lambda g, base, new, dim: g.call_function(
-        aten.squeeze.dim, (new, dim)
-    ),
+    aten.unsqueeze.default: lambda g, base, new, dim: g.call_function(aten.squeeze.dim, (new, dim)),
     **dict.fromkeys(
         (
             aten.view.default,
@@ -107,8 +106,8 @@ _INVERSE_VIEWS: dict[Any, Callable[..., Any]] = {
 def functionalise(graph: fx.Graph, mutating: set[fx.Node]) -> None:
     """Replace operations that overwrite their input by ones that return a new value.
 
-    Sinking reorders nodes, so a value that another region reads must never change under it. Every later reader of
-    the overwritten value, and of what it is a view of, reads the new value instead.
+    Sinking reorders nodes, so a value that another region reads must never change under it. Every
+    later reader of the overwritten value, and of what it is a view of, reads the new value instead.
 
     Args:
         graph: The graph, changed in place.
@@ -126,7 +125,9 @@ def functionalise(graph: fx.Graph, mutating: set[fx.Node]) -> None:
 
 def _replace_mutable(graph: fx.Graph, node: fx.Node) -> None:
     schema = node.target._schema
-    written = [i for i, arg in enumerate(schema.arguments) if arg.alias_info and arg.alias_info.is_write]
+    written = [
+        i for i, arg in enumerate(schema.arguments) if arg.alias_info and arg.alias_info.is_write
+    ]
     if node.target is aten.batch_norm.default or written != [0]:
         return  # statistics, not activations
     target = node.args[0]
@@ -201,14 +202,21 @@ def _readers(base: Any, view: fx.Node) -> Iterable[fx.Node]:
             queue.append(node.args[0])
 
 
-def _reread(graph: fx.Graph, old: fx.Node, new: fx.Node, position: dict[fx.Node, int], start: int) -> None:
+def _reread(
+    graph: fx.Graph, old: fx.Node, new: fx.Node, position: dict[fx.Node, int], start: int
+) -> None:
     for user in list(old.users):
         if user is not new and position.get(user, -1) > start:
             user.replace_input_with(old, new)
 
 
 def _refresh_view(
-    graph: fx.Graph, view: fx.Node, base: fx.Node, after: fx.Node, position: dict[fx.Node, int], start: int
+    graph: fx.Graph,
+    view: fx.Node,
+    base: fx.Node,
+    after: fx.Node,
+    position: dict[fx.Node, int],
+    start: int,
 ) -> None:
     """A view taken before the write shows the new value to whoever reads it afterwards."""
     if not any(position.get(user, -1) > start for user in _readers(view, view)):

@@ -100,7 +100,7 @@ def run(settings: Settings, console: Console) -> dict[str, Row]:
     settings = dataclasses.replace(
         settings,
         epochs=settings.epochs or (20 if few else 6),
-        finetune_epochs=settings.finetune_epochs or (10 if few else 3),
+        finetune_epochs=settings.finetune_epochs or (20 if few else 3),
         max_drop=settings.max_drop or (0.02 if few else 0.01),
     )
     _remember(settings)
@@ -111,13 +111,15 @@ def run(settings: Settings, console: Console) -> dict[str, Row]:
     static = _static(settings, images, settings.depth, settings.width, console)
     with _step(console, "convert"):
         example = images.train.tensors[0][:2].to(settings.device)
-        dyn = dc.dynamize(static, strategy="early_exit", example_inputs=(example,))
+        dyn = dc.dynamize(static, "early_exit", head="conv", example_inputs=(example,))
     dc.finetune(
         dyn,
         Augmented(images.train, mirror=images.mirror),
         images.calibration,
         epochs=settings.finetune_epochs,
         mode="joint",
+        lr=5e-3,
+        precision="bf16-mixed" if _autocast(images) else "32-true",
         batch_size=settings.batch_size,
         directory=settings.out / "finetune",
         resume=settings.resume,
@@ -189,12 +191,18 @@ def _static(
     schedule = Schedule(
         epochs=settings.epochs,
         batch_size=settings.batch_size,
-        autocast=len(images.train) >= FEW and torch.ops.mkldnn._is_mkldnn_bf16_supported(),  # noqa: SLF001
+        autocast=_autocast(images),
     )
     with Progress(console=console) as progress:
         train(model, images, schedule, seed=settings.seed, progress=progress, title=name)
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
     return model
+
+
+def _autocast(images: Images) -> bool:
+    """Whether to multiply in bfloat16: where that is worth it, and the processor can."""
+    can: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001
+    return can and len(images.train) >= FEW
 
 
 def _resnet(images: Images, depth: int, width: int) -> ResNet:

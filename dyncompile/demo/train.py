@@ -26,7 +26,7 @@ class Schedule:
 
     epochs: int
     batch_size: int = 64
-    learning_rate: float = 0.1
+    learning_rate: float = 0.05
     weight_decay: float = 5e-4
     autocast: bool = False
 
@@ -93,6 +93,7 @@ def train(
             scheduler.step()
             if progress and task is not None:
                 progress.advance(task)
+    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return model.eval()
 
 

@@ -1,7 +1,10 @@
 import copy
 import logging
 import random
+import re
+import runpy
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -227,9 +230,7 @@ def test_regression_learns_values_and_confidences(device):
     x = rng.normal(size=(512, 6)).astype(np.float32)
     noisy = x[:, 0] > 0
     y = x @ np.arange(6.0) / 6 + noisy * rng.normal(size=512)
-    model = nn.Sequential(
-        nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1)
-    )
+    model = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1))
     dyn = dc.dynamize(model, "early_exit", exits=1, example_inputs=torch.tensor(x[:2])).to(device)
     result = finetune(dyn, (x, y), (x, y), epochs=15, mode="joint", lr=2e-2)
     assert result.history[-1]["val/mse/exit0"] < 0.8 * result.history[0]["val/mse/exit0"]
@@ -326,6 +327,11 @@ def test_a_model_with_nothing_to_train_is_refused(dyn):
         finetune(dyn, mode="joint")
 
 
+def test_a_static_model_is_refused():
+    with pytest.raises(ArgumentError, match="`dyn`: found a Sequential; expected what dyncompile.dyn"):
+        finetune(mlp())
+
+
 def test_a_missing_lightning_names_the_extra(dyn, monkeypatch):
     monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'dyncompile\[train\]'"):
@@ -337,3 +343,12 @@ def test_a_missing_tensorboard_names_the_extra(dyn, monkeypatch, tmp_path):
     with pytest.raises(MissingExtraError, match=r"`tensorboard` is needed"):
         finetune(dyn, directory=tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+def test_the_example_of_an_own_loop_trains_its_exits(capsys):
+    runpy.run_path(str(Path(__file__).parents[1] / "examples" / "own_loop.py"))
+    found = re.findall(r"(exit\d|final): accuracy (\d\.\d+) at (\d\.\d+)", capsys.readouterr().out)
+    assert [name for name, _, _ in found] == ["exit0", "exit1", "final"]
+    assert all(float(accuracy) > 0.8 for _, accuracy, _ in found)
+    costs = [float(cost) for _, _, cost in found]
+    assert costs == sorted(costs)

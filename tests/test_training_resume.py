@@ -76,9 +76,7 @@ def born():
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_result(born, tmp_path):
-    killed = subprocess.run(
-        [sys.executable, __file__, str(tmp_path / "killed")], capture_output=True, check=False
-    )
+    killed = subprocess.run([sys.executable, __file__, str(tmp_path / "killed")], capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     saved = torch.load(tmp_path / "killed" / "last.ckpt", weights_only=True)
     assert saved["epoch"] == 1  # counted from 0: two epochs were done, half of the third is lost
@@ -146,6 +144,9 @@ def test_early_stopping_survives_a_resumption(born, tmp_path):
     result = train(resumed, Deadly(nothing), tmp_path / "cut", resume=True, **options)
     assert (result.history, result.best_epoch) == (expected.history, expected.best_epoch)
     assert_equal(whole, resumed)
+    again = train(resumed, Deadly(nothing), tmp_path / "cut", resume=True, **options)
+    assert again.history == expected.history
+    assert_equal(whole, resumed)
 
 
 def test_resuming_what_is_finished_changes_nothing(born, tmp_path):
@@ -173,10 +174,11 @@ def test_not_resuming_starts_anew(born, tmp_path):
     [
         ({"mode": "heads"}, "`mode`: found 'heads'; expected 'joint', with which the checkpoint"),
         ({"seed": 1}, "`seed`: found 1; expected 0"),
+        ({"epochs": 1}, "`epochs`: found 1; expected at least the 2"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(born, tmp_path, options, message):
-    train(copy.deepcopy(born), (X, Y), tmp_path, epochs=1)
+    train(copy.deepcopy(born), (X, Y), tmp_path, epochs=2)
     with pytest.raises(ArgumentError, match=message):
         train(copy.deepcopy(born), (X, Y), tmp_path, resume=True, **options)
 

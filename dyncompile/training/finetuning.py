@@ -1,6 +1,7 @@
 """Fine-tuning of a dynamic model on Lightning's Trainer."""
 
 import contextlib
+import functools
 import logging
 import random
 import signal
@@ -13,13 +14,13 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from torch import nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 
 from dyncompile.data import Batch, as_loader, call
 from dyncompile.errors import ArgumentError, require
+from dyncompile.module import DynamicModule
 from dyncompile.training.losses import class_dim
 from dyncompile.training.objectives import Distillation, LearnedConfidence, Objective
 from dyncompile.training.parts import Mode, learning, preserved
@@ -58,14 +59,11 @@ class TrainingResult:
         names = [name for start in shown for name in self.history[-1] if name.startswith(start)]
         rows = [names, *([f"{epoch[name]:.4g}" for name in names] for epoch in self.history)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-            for row in rows
-        )
+        return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
 def finetune(
-    dyn: nn.Module,
+    dyn: DynamicModule,
     train_data: Any,
     val_data: Any = None,
     *,
@@ -123,10 +121,12 @@ def finetune(
 
     Raises:
         ArgumentError: An argument has no usable value, nothing can be trained, or the checkpoint to
-            resume from belongs to another model, mode or seed.
+            resume from belongs to another model, mode or seed, or to more epochs.
         DataError: See `as_loader`; or labels do not fit the model's predictions.
         MissingExtraError: Lightning or TensorBoard is not installed (extra `train`).
     """
+    if not isinstance(dyn, DynamicModule):
+        raise ArgumentError("dyn", found=f"a {type(dyn).__name__}", expected="what dyncompile.dynamize returns")
     for name, value in (("epochs", epochs), ("patience", patience)):
         if value is not None and value < 1:
             raise ArgumentError(name, found=value, expected="at least 1")
@@ -138,9 +138,7 @@ def finetune(
     if patience is not None and val_data is None:
         raise ArgumentError("patience", found=patience, expected="val_data beside it")
     if directory is None and (resume or num_nodes > 1):
-        raise ArgumentError(
-            "directory", found=None, expected="a path, for resume and for several nodes"
-        )
+        raise ArgumentError("directory", found=None, expected="a path, for resume and for several nodes")
     require("lightning.pytorch", extra="train")
     from dyncompile.training.lightning_module import FineTuning
 
@@ -160,9 +158,7 @@ def finetune(
         module = FineTuning(
             dyn,
             objective,
-            train_loader=_source(
-                train_data, argument="train_data", shuffle=True, seed=seed, **data
-            ),
+            train_loader=_source(train_data, argument="train_data", shuffle=True, seed=seed, **data),
             val_loader=None if val_data is None else _source(val_data, argument="val_data", **data),
             mode=mode,
             optimizer=optimizer,
@@ -188,7 +184,7 @@ def finetune(
         return _finish(trainer, module, keep=directory is not None, best=patience is not None)
 
 
-def _classes(dyn: Any, data: Any, argument: str, **options: Any) -> int | None:
+def _classes(dyn: DynamicModule, data: Any, argument: str, **options: Any) -> int | None:
     """Number of classes, by asking the model about the first batch; None in regression."""
     if dyn.task == "regression":
         return None
@@ -200,18 +196,14 @@ def _classes(dyn: Any, data: Any, argument: str, **options: Any) -> int | None:
     return int(final.shape[class_dim(final, targets, argument)])
 
 
-def _source(data: Any, *, argument: str, **options: Any) -> Callable[[int, int], DataLoader[Batch]]:
+def _source(data: Any, **options: Any) -> Callable[..., DataLoader[Batch]]:
     """Checks the data now, and makes the loader of each process when it is there."""
-    checked = as_loader(data, argument=argument, **options)
+    checked = as_loader(data, **options)
     source = data if isinstance(data, DataLoader) else checked.dataset
-    return lambda replicas, rank: as_loader(
-        source, argument=argument, replicas=replicas, rank=rank, **options
-    )
+    return functools.partial(as_loader, source, **options)
 
 
-def _trainer(
-    where: Path, *, log: bool, validated: bool, patience: int | None, **options: Any
-) -> Any:
+def _trainer(where: Path, *, log: bool, validated: bool, patience: int | None, **options: Any) -> Any:
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger

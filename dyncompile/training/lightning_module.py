@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from dyncompile.data import Batch, call
 from dyncompile.errors import ArgumentError
+from dyncompile.module import DynamicModule
 from dyncompile.training.losses import score
 from dyncompile.training.objectives import Objective
 from dyncompile.training.parts import Mode, parameter_groups, set_training
@@ -29,18 +30,18 @@ class FineTuning(LightningModule):
 
     def __init__(
         self,
-        dyn: nn.Module,
+        dyn: DynamicModule,
         objective: Objective,
         *,
-        train_loader: Callable[[int, int], DataLoader[Batch]],
-        val_loader: Callable[[int, int], DataLoader[Batch]] | None,
+        train_loader: Callable[..., DataLoader[Batch]],
+        val_loader: Callable[..., DataLoader[Batch]] | None,
         mode: Mode,
         optimizer: Callable[[list[dict[str, Any]]], Optimizer],
         lr: float,
         seed: int,
     ) -> None:
         super().__init__()
-        self.dyn: Any = dyn
+        self.dyn = dyn
         self.objective = objective
         self.train_loader = train_loader
         self.val_loader = val_loader
@@ -70,7 +71,7 @@ class FineTuning(LightningModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """The share of this process."""
-        loader = self.train_loader(self.trainer.world_size, self.trainer.global_rank)
+        loader = self.train_loader(replicas=self.trainer.world_size, rank=self.trainer.global_rank)
         loader.generator = self._worker_seeds
         self._order = getattr(loader.sampler, "generator", None)
         if self._order is not None and self._order_state is not None:
@@ -82,7 +83,7 @@ class FineTuning(LightningModule):
     def val_dataloader(self) -> DataLoader[Batch]:
         """The share of this process."""
         assert self.val_loader is not None
-        return self.val_loader(self.trainer.world_size, self.trainer.global_rank)
+        return self.val_loader(replicas=self.trainer.world_size, rank=self.trainer.global_rank)
 
     def _reseed(self, *place: int) -> None:
         # `completed`, which `current_epoch` reads, lags behind while Lightning resumes.
@@ -93,6 +94,12 @@ class FineTuning(LightningModule):
         random.seed(int(state[0]))
         if not place:
             self._worker_seeds.manual_seed(int(state[1]))
+
+    def on_train_start(self) -> None:
+        """Do not go on where the checkpoint's patience was at its end."""
+        for callback in self.trainer.early_stopping_callbacks:
+            if callback.wait_count >= callback.patience:
+                self.trainer.should_stop = True
 
     def on_train_epoch_start(self) -> None:
         """Set what the epoch starts from, whatever ran before."""
@@ -130,9 +137,7 @@ class FineTuning(LightningModule):
         return loss
 
     def _log_epoch(self, name: str, value: Tensor, count: int) -> None:
-        self.log(
-            name, value.detach(), on_step=False, on_epoch=True, batch_size=count, sync_dist=True
-        )
+        self.log(name, value.detach(), on_step=False, on_epoch=True, batch_size=count, sync_dist=True)
 
     def on_train_epoch_end(self) -> None:
         """Keep what was measured, before Lightning writes the checkpoint."""
@@ -162,11 +167,21 @@ class FineTuning(LightningModule):
                     found=repr(getattr(self, name)),
                     expected=f"{state.get(name)!r}, with which the checkpoint was made",
                 )
-        if checkpoint["state_dict"].keys() != self.state_dict().keys():
+        if _shapes(checkpoint["state_dict"]) != _shapes(self.state_dict()):
             raise ArgumentError(
                 "directory",
                 found="a checkpoint of another model",
                 expected="one of this model, or resume=False",
             )
+        if len(state["history"]) > (self.trainer.max_epochs or 0):
+            raise ArgumentError(
+                "epochs",
+                found=self.trainer.max_epochs,
+                expected=f"at least the {len(state['history'])} that the checkpoint has behind it",
+            )
         self.history = state["history"]
         self._order_state = state["order"]
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in state.items()}

@@ -86,9 +86,7 @@ def squared_error(prediction: Tensor, targets: Tensor) -> Tensor:
     return (widen(prediction) - targets.reshape(prediction.shape)) ** 2
 
 
-def score(
-    prediction: Tensor, targets: Tensor, ignore_index: int = IGNORE_INDEX
-) -> tuple[Tensor, int]:
+def score(prediction: Tensor, targets: Tensor, ignore_index: int = IGNORE_INDEX) -> tuple[Tensor, int]:
     """Accuracy, or mean squared error for floating targets; and the number of labels it is of."""
     if targets.is_floating_point():
         return squared_error(prediction, targets).mean(), len(targets)

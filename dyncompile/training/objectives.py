@@ -32,9 +32,7 @@ class Objective(ABC):
     ignore_index: int = IGNORE_INDEX
 
     @abstractmethod
-    def parts(
-        self, trace: "Trace", targets: Tensor, inputs: Inputs | None = None
-    ) -> dict[str, Tensor]:
+    def parts(self, trace: "Trace", targets: Tensor, inputs: Inputs | None = None) -> dict[str, Tensor]:
         """The summands of the loss by name, for logging.
 
         Args:
@@ -58,9 +56,7 @@ class _Sum(Objective):
     def __post_init__(self) -> None:
         object.__setattr__(self, "ignore_index", self.terms[0].ignore_index)
 
-    def parts(
-        self, trace: "Trace", targets: Tensor, inputs: Inputs | None = None
-    ) -> dict[str, Tensor]:
+    def parts(self, trace: "Trace", targets: Tensor, inputs: Inputs | None = None) -> dict[str, Tensor]:
         total: dict[str, Tensor] = {}
         for term in self.terms:
             for name, part in term.parts(trace, targets, inputs).items():
@@ -148,9 +144,7 @@ class Distillation(Objective):
         elif self.teacher != "final":
             raise ArgumentError("teacher", found=repr(self.teacher), expected='"final" or a module')
 
-    def parts(
-        self, trace: "Trace", targets: Tensor, inputs: Inputs | None = None
-    ) -> dict[str, Tensor]:
+    def parts(self, trace: "Trace", targets: Tensor, inputs: Inputs | None = None) -> dict[str, Tensor]:
         """See `Objective.parts`."""
         predictions = {**trace.exits, "final": trace.final}
         weights = _resolve(self.weights, list(predictions))
@@ -160,9 +154,7 @@ class Distillation(Objective):
             task = task_loss(prediction, targets, self.ignore_index)
             parts[f"task/{name}"] = weights[name] * self.alpha * task
             if name != "final" or self.teacher != "final":
-                apart = divergence(
-                    prediction, teacher, targets, self.temperature, self.ignore_index
-                )
+                apart = divergence(prediction, teacher, targets, self.temperature, self.ignore_index)
                 parts[f"distillation/{name}"] = weights[name] * (1 - self.alpha) * apart
         return parts
 
@@ -272,9 +264,7 @@ def _resolve(weights: Weights, names: list[str]) -> dict[str, float]:
             raise ArgumentError("weights", found=unknown, expected=f"names out of {names}")
         return {name: weights.get(name, 1.0) for name in names}
     if len(weights) != len(names):
-        raise ArgumentError(
-            "weights", found=f"{len(weights)} numbers", expected=f"{len(names)}, for {names}"
-        )
+        raise ArgumentError("weights", found=f"{len(weights)} numbers", expected=f"{len(names)}, for {names}")
     return dict(zip(names, weights, strict=True))
 
 

@@ -80,9 +80,4 @@ def preserved(dyn: nn.Module) -> Iterator[None]:
 
 
 def _inserted(dyn: nn.Module) -> set[nn.Parameter]:
-    return {
-        parameter
-        for name, child in dyn.named_children()
-        if name in INSERTED
-        for parameter in child.parameters()
-    }
+    return {parameter for name, child in dyn.named_children() if name in INSERTED for parameter in child.parameters()}

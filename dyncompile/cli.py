@@ -27,14 +27,11 @@ app = typer.Typer(
 Model = Annotated[
     str,
     typer.Argument(
-        help="The static model: package.module:factory or file.py:factory, a callable that "
-        "returns an nn.Module.",
+        help="The static model: package.module:factory or file.py:factory, a callable that returns an nn.Module.",
         show_default=False,
     ),
 ]
-Folder = Annotated[
-    Path, typer.Argument(help="Folder of a converted model.", show_default=False, file_okay=False)
-]
+Folder = Annotated[Path, typer.Argument(help="Folder of a converted model.", show_default=False, file_okay=False)]
 Data = Annotated[
     str,
     typer.Option(
@@ -57,9 +54,7 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")
 BatchSize = Annotated[int, typer.Option(min=1, help="Samples per batch.")]
 MaxDrop = Annotated[
     float,
-    typer.Option(
-        min=0, max=1, help="Highest risk that the dynamic model is wrong where the static is right."
-    ),
+    typer.Option(min=0, max=1, help="Highest risk that the dynamic model is wrong where the static is right."),
 ]
 Confidence = Annotated[float, typer.Option(min=0, max=1, help="Probability with which that holds.")]
 
@@ -72,9 +67,7 @@ def demo(
     depth: Annotated[int, typer.Option(help="Depth of the static ResNet, 6n + 2.")] = 20,
     width: Annotated[int, typer.Option(help="Channels of its first stage.")] = 16,
     epochs: Annotated[int | None, typer.Option(min=1, help="Static training; by the data.")] = None,
-    finetune_epochs: Annotated[
-        int | None, typer.Option(min=1, help="Training after conversion; by the data.")
-    ] = None,
+    finetune_epochs: Annotated[int | None, typer.Option(min=1, help="Training after conversion; by the data.")] = None,
     max_drop: Annotated[
         float | None,
         typer.Option(min=0, max=1, help="As in calibrate; by the size of the data."),
@@ -83,9 +76,7 @@ def demo(
     batch_size: BatchSize = 64,
     device: Device = "cpu",
     report: Annotated[bool, typer.Option(help="Write report.html.")] = True,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue a run that was stopped.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
     force: Force = False,
 ) -> None:
     """Run the main job: train, convert, fine-tune, calibrate, lower, and measure."""
@@ -156,9 +147,7 @@ def finetune(
     folder: Folder,
     data: Data = "digits",
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training split.")] = 3,
-    mode: Annotated[
-        Literal["heads", "joint"], typer.Option(help="Train the heads only, or everything.")
-    ] = "heads",
+    mode: Annotated[Literal["heads", "joint"], typer.Option(help="Train the heads only, or everything.")] = "heads",
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> None:
@@ -167,7 +156,15 @@ def finetune(
 
     images = _images(data, seed)
     dyn = _load(model, folder, device)
-    dc.finetune(dyn, images.train, images.calibration, epochs=epochs, mode=mode, seed=seed)
+    dc.finetune(
+        dyn,
+        images.train,
+        images.calibration,
+        epochs=epochs,
+        mode=mode,
+        accelerator=next(dyn.parameters()).device.type,
+        seed=seed,
+    )
     dc.save(dyn, folder)
 
 
@@ -190,9 +187,7 @@ def calibrate(
         _free(report, force=force, argument="report")
     images = _images(data, seed)
     dyn = _load(model, folder, device)
-    calibration = dc.calibrate(
-        dyn, images.calibration, max_drop=max_drop, confidence=confidence, seed=seed
-    )
+    calibration = dc.calibrate(dyn, images.calibration, max_drop=max_drop, confidence=confidence, seed=seed)
     dc.save(dyn, folder)
     Console().print(calibration.table())
     if report:
@@ -206,9 +201,7 @@ def bench(
     data: Data = "digits",
     batch_size: BatchSize = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Passes of which the median counts.")] = 5,
-    backend: Annotated[
-        Literal["inductor", "eager"], typer.Option(help="How segments are run.")
-    ] = "inductor",
+    backend: Annotated[Literal["inductor", "eager"], typer.Option(help="How segments are run.")] = "inductor",
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> None:
@@ -217,9 +210,7 @@ def bench(
 
     images = _images(data, seed)
     dyn = _load(model, folder, device).eval()
-    table = measure(
-        dyn, images.test.tensors[0], batch_size=batch_size, repeats=repeats, backend=backend
-    )
+    table = measure(dyn, images.test.tensors[0], batch_size=batch_size, repeats=repeats, backend=backend)
     Console().print(table)
 
 
@@ -264,9 +255,7 @@ def _images(data: str, seed: int) -> "Images":
     return load(data, seed=seed)
 
 
-def _dynamize(
-    model: "nn.Module", strategy: list[str], shape: str | None, options: list[str]
-) -> "DynamicModule":
+def _dynamize(model: "nn.Module", strategy: list[str], shape: str | None, options: list[str]) -> "DynamicModule":
     import torch
 
     import dyncompile as dc

@@ -87,9 +87,7 @@ def digits(*, seed: int = 0) -> Images:
     """1,797 handwritten digits of 8×8 pixels from scikit-learn, doubled to `[N, 1, 16, 16]`."""
     images, labels = require("sklearn.datasets", extra="demo").load_digits(return_X_y=True)
     pixels = torch.from_numpy(images).float().reshape(-1, 1, 8, 8) / 16
-    pixels = torch.nn.functional.interpolate(
-        pixels, scale_factor=2, mode="bilinear", align_corners=False
-    )
+    pixels = torch.nn.functional.interpolate(pixels, scale_factor=2, mode="bilinear", align_corners=False)
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
     pixels, targets = pixels[order], torch.from_numpy(labels)[order]
     rest = len(pixels) - 450
@@ -173,9 +171,7 @@ def read_idx(path: Path) -> Tensor:
 def image_folder(folder: Path, *, seed: int = 0, size: int = 32) -> Images:
     """Read pictures from a folder with a sub-folder per class; a quarter each is held out twice."""
     pil = require("PIL.Image", extra="demo")
-    classes = (
-        sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    )
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     files = [
         (path, label)
         for label, name in enumerate(classes)

@@ -32,21 +32,15 @@ def static_forms(model: nn.Module, *, images: bool = True) -> dict[str, Call]:
     forms: dict[str, Call] = {"eager": model}
     if images:
         last = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        forms["eager channels-last"] = lambda x: last(
-            x.contiguous(memory_format=torch.channels_last)
-        )
+        forms["eager channels-last"] = lambda x: last(x.contiguous(memory_format=torch.channels_last))
     if has_compiler():
         forms["inductor"] = torch.compile(copy.deepcopy(model), dynamic=False)
-        forms["inductor frozen"] = torch.compile(
-            copy.deepcopy(model), dynamic=False, options={"freezing": True}
-        )
+        forms["inductor frozen"] = torch.compile(copy.deepcopy(model), dynamic=False, options={"freezing": True})
     return forms
 
 
 @torch.no_grad()
-def take_turns(
-    calls: Mapping[str, Call], batches: list[Tensor], *, repeats: int = 5
-) -> dict[str, float]:
+def take_turns(calls: Mapping[str, Call], batches: list[Tensor], *, repeats: int = 5) -> dict[str, float]:
     """Median seconds that each call takes for all batches.
 
     The calls take turns, so that a change in the machine's load meets all of them; a first round,
@@ -78,9 +72,7 @@ def fastest(model: nn.Module, inputs: Tensor, *, repeats: int = 5) -> tuple[str,
     return name, forms[name]
 
 
-def bench(
-    dyn: dc.DynamicModule, inputs: Tensor, *, batch_size: int, repeats: int, backend: str
-) -> Table:
+def bench(dyn: dc.DynamicModule, inputs: Tensor, *, batch_size: int, repeats: int, backend: str) -> Table:
     """Time a dynamic model, lowered, against every form of its static one, on whole batches.
 
     Raises:

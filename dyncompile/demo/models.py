@@ -46,9 +46,7 @@ class ResNet(nn.Module):
         ArgumentError: The depth is not 6n + 2, or a size is not positive.
     """
 
-    def __init__(
-        self, depth: int = 20, *, width: int = 16, classes: int = 10, in_channels: int = 3
-    ) -> None:
+    def __init__(self, depth: int = 20, *, width: int = 16, classes: int = 10, in_channels: int = 3) -> None:
         if depth < 8 or depth % 6 != 2:
             raise ArgumentError("depth", found=depth, expected="6n + 2 with n >= 1, such as 20")
         for name, value in (("width", width), ("classes", classes), ("in_channels", in_channels)):

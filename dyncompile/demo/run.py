@@ -120,6 +120,7 @@ def run(settings: Settings, console: Console) -> dict[str, Row]:
         mode="joint",
         lr=5e-3,
         precision="bf16-mixed" if _autocast(images) else "32-true",
+        accelerator=torch.device(settings.device).type,
         batch_size=settings.batch_size,
         directory=settings.out / "finetune",
         resume=settings.resume,
@@ -162,9 +163,7 @@ def run(settings: Settings, console: Console) -> dict[str, Row]:
         calls = {name: call for name, (call, _, _) in models.items()}
         seconds = take_turns(calls, batches, repeats=settings.repeats)
     rows = {
-        name: Row(
-            accuracy=accuracy(call, test, labels), cost=share, seconds=seconds[name], form=form
-        )
+        name: Row(accuracy=accuracy(call, test, labels), cost=share, seconds=seconds[name], form=form)
         for name, (call, form, share) in models.items()
     }
     result = {name: dataclasses.asdict(row) for name, row in rows.items()}
@@ -176,9 +175,7 @@ def run(settings: Settings, console: Console) -> dict[str, Row]:
     return rows
 
 
-def _static(
-    settings: Settings, images: Images, depth: int, width: int, console: Console
-) -> nn.Module:
+def _static(settings: Settings, images: Images, depth: int, width: int, console: Console) -> nn.Module:
     """A trained ResNet; the weights of a stopped run are taken up again."""
     name = f"resnet{depth}-{width}"
     path = settings.out / f"{name}.safetensors"

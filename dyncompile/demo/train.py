@@ -75,12 +75,8 @@ def train(
         drop_last=len(images.train) > schedule.batch_size,
     )
     steps = schedule.epochs * len(loader)
-    optimizer = torch.optim.SGD(
-        model.parameters(), momentum=0.9, weight_decay=schedule.weight_decay, nesterov=True
-    )
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, schedule.learning_rate, total_steps=steps
-    )
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=schedule.weight_decay, nesterov=True)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, schedule.learning_rate, total_steps=steps)
     task = progress.add_task(f"train {title}", total=steps) if progress else None
     for _ in range(schedule.epochs):
         for batch, labels in loader:
@@ -98,9 +94,7 @@ def train(
 
 
 @torch.no_grad()
-def accuracy(
-    call: Callable[[Tensor], Tensor], inputs: Tensor, labels: Tensor, *, batch_size: int = 64
-) -> float:
+def accuracy(call: Callable[[Tensor], Tensor], inputs: Tensor, labels: Tensor, *, batch_size: int = 64) -> float:
     """Share of the inputs `[N, C, H, W]` that a classifier, in eval mode, labels as `[N]` says."""
     predicted = [call(part).argmax(1) for part in torch.split(inputs, batch_size)]
     return (torch.cat(predicted) == labels).float().mean().item()

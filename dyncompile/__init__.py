@@ -16,7 +16,19 @@ _LAZY = {
     "save": "dyncompile.storage",
 }
 
-__all__ = ["DynamicModule", "Trace", "dynamize", "select", "switch", *sorted(_LAZY)]
+__all__ = [
+    "Calibration",
+    "DynamicModule",
+    "Trace",
+    "calibrate",
+    "dynamize",
+    "finetune",
+    "load",
+    "lower",
+    "save",
+    "select",
+    "switch",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
-from dyncompile.demand import Demand, Guard, Region, analyse, specialise
+from dyncompile.demand import Guard, Region, analyse, specialise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,28 +59,19 @@ def _probability(guard: Guard, decisions: Mapping[str, Tensor], cache: dict[Guar
     return cache[guard]
 
 
-def static_flops(graph: fx.Graph) -> float:
-    """FLOPs per sample of the nodes that were there before any pass."""
-    return sum(node.meta["flops"] for node in graph.nodes if not node.meta.get("inserted"))
-
-
-def cost_model(graph: fx.Graph, disabled: Sequence[str] = ()) -> CostModel:
-    """Build the cost model from FLOPs.
+def cost_model(graph: fx.Graph, disabled: Sequence[str] = (), *, unit: str = "flops") -> CostModel:
+    """Build the cost model of a graph.
 
     Args:
-        graph: The dynamic graph, propagated.
+        graph: The dynamic graph, propagated; for `seconds`, measured.
         disabled: Decisions that never take arm 1; what only they need costs nothing.
+        unit: Which of a node's costs counts: `flops` or `seconds`.
     """
-    reference = static_flops(graph) or 1.0
-    demand = analyse(specialise(graph, dict.fromkeys(disabled, 0)))
-    return CostModel(demand.regions, region_shares(demand, reference), reference)
-
-
-def region_shares(demand: Demand, reference: float) -> tuple[float, ...]:
-    """FLOPs of each region, relative to `reference`."""
-    return tuple(
-        sum(node.meta["flops"] for node in region.nodes) / reference for region in demand.regions
-    )
+    own = sum(node.meta.get(unit, 0.0) for node in graph.nodes if not node.meta.get("inserted"))
+    reference = own or 1.0
+    regions = analyse(specialise(graph, dict.fromkeys(disabled, 0))).regions
+    weights = (sum(node.meta.get(unit, 0.0) for node in r.nodes) / reference for r in regions)
+    return CostModel(regions, tuple(weights), reference)
 
 
 def exit_costs(model: CostModel, exits: Sequence[str]) -> dict[str, float]:

@@ -3,20 +3,21 @@
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from torch import Tensor, fx, nn
 
 from dyncompile.cost import CostModel, cost_model, exit_costs
-from dyncompile.demand import analyse, decision_name, decision_of
+from dyncompile.demand import analyse, decision_name
 from dyncompile.errors import ArgumentError, CaptureError
 from dyncompile.graph import Graph, program
 from dyncompile.nn import Exit
-from dyncompile.ops import is_select
+from dyncompile.ops import decision_of, is_select
 from dyncompile.recipe import Recipe
 
 _INSERTED = ("exits", "gates", "_modes", "_constants")
+
+Unit = Literal["flops", "time"]
 
 Override = Callable[[str, Tensor], Tensor]
 """Replaces a decision, given its name and value."""
@@ -84,7 +85,7 @@ class DynamicModule(nn.Module):
         # Made here and not when first called, so that torch.compile finds plain functions.
         self._forward = program(graph.fx)
         self._trace = program(self._trace_graph())
-        self._costs: dict[tuple[str, ...], CostModel] = {}
+        self._costs: dict[tuple[str, tuple[str, ...]], CostModel] = {}
 
     # --- running ---------------------------------------------------------------------------------
 
@@ -156,27 +157,40 @@ class DynamicModule(nn.Module):
 
     # --- cost ------------------------------------------------------------------------------------
 
-    def cost_model(self, enabled: Sequence[str] | None = None) -> CostModel:
+    def cost_model(self, enabled: Sequence[str] | None = None, *, unit: Unit = "flops") -> CostModel:
         """Cost per demand region; disabled exits cost nothing, since lowering leaves their heads out.
 
         Args:
-            enabled: Names of the exits that count as enabled; None takes their buffers, and in training all.
+            enabled: Names of the exits that count as enabled; None takes their buffers, and in
+                training all.
+            unit: "flops", or "time": seconds measured on this machine, once, by running the
+                lowered regions (`dyncompile.lowering.measure`).
         """
         if enabled is None:
             enabled = [n for n, e in self.exits.items() if self.training or bool(e.enabled)]
-        disabled = tuple(sorted(set(self.exits) - set(enabled)))
-        if disabled not in self._costs:
-            self._costs[disabled] = cost_model(self._graph.fx, disabled)
-        return self._costs[disabled]
+        key = (unit, tuple(sorted(set(self.exits) - set(enabled))))
+        if key not in self._costs:
+            if unit == "time" and not any("seconds" in n.meta for n in self._graph.fx.nodes):
+                from dyncompile.lowering.measure import measure
 
-    def exit_costs(self, enabled: Sequence[str] | None = None) -> dict[str, float]:
+                measure(self)
+            meta = "seconds" if unit == "time" else "flops"
+            self._costs[key] = cost_model(self._graph.fx, key[1], unit=meta)
+        return self._costs[key]
+
+    def exit_costs(self, enabled: Sequence[str] | None = None, *, unit: Unit = "flops") -> dict[str, float]:
         """Relative cost of a sample by where it leaves.
 
         Args:
             enabled: Names of the exits that count as enabled; None takes their buffers.
+            unit: "flops" or "time", as in `cost_model`.
 
         Returns:
-            1.0 = the static model; one entry for each enabled exit in order of execution, then `final`.
+            1.0 = the static model; one entry for each enabled exit in order of execution, then
+            `final`.
+
+        Raises:
+            ArgumentError: An exit that the model does not have.
         """
         if enabled is None:
             enabled = [n for n, e in self.exits.items() if bool(e.enabled)]
@@ -184,7 +198,7 @@ class DynamicModule(nn.Module):
         if unknown:
             raise ArgumentError("enabled", found=unknown, expected=f"names among {list(self.exits)}")
         ordered = [name for name in self.exits if name in enabled]
-        return exit_costs(self.cost_model(ordered), ordered)
+        return exit_costs(self.cost_model(ordered, unit=unit), ordered)
 
     def inspect(self) -> str:
         """The regions, their guards, how many operations they hold and their share of the static model's cost."""
@@ -196,9 +210,7 @@ class DynamicModule(nn.Module):
         ]
         rows.insert(0, ("region (guard)", "ops", "cost"))
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        lines = [
-            f"{name:<{widths[0]}}  {ops:>{widths[1]}}  {share:>{widths[2]}}" for name, ops, share in rows
-        ]
+        lines = [f"{name:<{widths[0]}}  {ops:>{widths[1]}}  {share:>{widths[2]}}" for name, ops, share in rows]
         total = f"static model: {self.cost_model().static / 1e6:.2f} MFLOPs per sample"
         return "\n".join([*lines, total])
 
@@ -228,21 +240,11 @@ class _Overriding(fx.Interpreter):
     def __init__(self, module: DynamicModule, override: Override) -> None:
         super().__init__(module, graph=module._trace_graph())
         self.override = override
-        self.names = {
-            decision_of(n): decision_name(decision_of(n)) for n in self.graph.nodes if is_select(n)
-        }
+        self.names = {decision_of(n): decision_name(decision_of(n)) for n in self.graph.nodes if is_select(n)}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         return self.override(self.names[n], value) if n in self.names else value
-
-
-def batch_of(inputs: Sequence[Tensor], graph: Graph) -> int:
-    """How many samples flat inputs hold."""
-    for tensor, dim in zip(inputs, graph.batch_dims, strict=True):
-        if dim is not None:
-            return tensor.shape[dim]
-    raise ArgumentError("inputs", found="no input with a batch dim", expected="at least one")
 
 
 def disabled_decisions(module: DynamicModule) -> Mapping[str, int]:

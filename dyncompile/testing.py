@@ -36,6 +36,10 @@ def forced(model: DynamicModule | LoweredModule, shares: Shares, *, seed: int = 
     wanted = _checked(dyn, shares)
     draw = _Draw(wanted, [n for n in dyn.exits if n in wanted], seed)
     if isinstance(model, LoweredModule):
+        for name in wanted:
+            if name in model.plan.dense:
+                why = f"{name!r}, which runs densely: {model.plan.dense[name]}"
+                raise ArgumentError("shares", found=why, expected="lower(dyn, decline=False)")
         before, model._override = model._override, draw
         try:
             yield
@@ -75,7 +79,11 @@ class _Draw:
         share = self.shares[name]
         if isinstance(share, Tensor):
             if share.shape != (batch,):
-                raise ArgumentError(f"shares[{name!r}]", found=list(share.shape), expected=f"a mask of [{batch}] samples")
+                raise ArgumentError(
+                    f"shares[{name!r}]",
+                    found=list(share.shape),
+                    expected=f"a mask of [{batch}] samples",
+                )
             return share.bool()
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(batch, generator=generator)
@@ -105,9 +113,14 @@ def _stable(name: str) -> int:
 
 def _checked(dyn: DynamicModule, shares: Shares) -> dict[str, float | Tensor]:
     known = [*dyn.exits, *dyn.gates]
-    given = dict(shares) if isinstance(shares, Mapping) else dict(zip(dyn.exits, shares, strict=False))
+    named = shares.items() if isinstance(shares, Mapping) else zip(dyn.exits, shares, strict=False)
+    given: dict[str, float | Tensor] = dict(named)
     if not isinstance(shares, Mapping) and len(shares) > len(dyn.exits):
-        raise ArgumentError("shares", found=f"{len(shares)} shares", expected=f"at most {len(dyn.exits)}, one an exit")
+        raise ArgumentError(
+            "shares",
+            found=f"{len(shares)} shares",
+            expected=f"at most {len(dyn.exits)}, one an exit",
+        )
     for name, share in given.items():
         if name not in known:
             raise ArgumentError("shares", found=repr(name), expected=f"names among {known}")

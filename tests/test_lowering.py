@@ -27,10 +27,7 @@ class ConvNet(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
         self.stages = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(inplace=True)
-            )
-            for _ in range(3)
+            nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(inplace=True)) for _ in range(3)
         )
         self.fc = nn.Linear(16, 5)
 
@@ -49,9 +46,7 @@ def converted(device: torch.device) -> dc.DynamicModule:
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)  # type: ignore[union-attr]
             module.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr]
-    dyn = dc.dynamize(
-        model, "early_exit", exits=2, example_inputs=torch.randn(2, 3, 12, 12, device=device)
-    )
+    dyn = dc.dynamize(model, "early_exit", exits=2, example_inputs=torch.randn(2, 3, 12, 12, device=device))
     for module in dyn.exits.values():
         module.enabled.fill_(True)
     return dyn
@@ -80,9 +75,7 @@ class Counting(TorchDispatchMode):
 
 @pytest.mark.parametrize("shares", SHARES, ids=str)
 @pytest.mark.parametrize("batch", BATCHES)
-def test_eager_equals_reference(
-    dyn: dc.DynamicModule, device: torch.device, batch: int, shares: list[float]
-) -> None:
+def test_eager_equals_reference(dyn: dc.DynamicModule, device: torch.device, batch: int, shares: list[float]) -> None:
     fast = dc.lower(dyn, backend="eager")
     x = torch.randn(batch, 3, 12, 12, device=device)
     with torch.no_grad(), forced(dyn, shares, seed=3), forced(fast, shares, seed=3):
@@ -103,9 +96,7 @@ def test_own_decisions_equal_reference(dyn: dc.DynamicModule, device: torch.devi
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-def test_skipped_operations_do_not_run(
-    dyn: dc.DynamicModule, device: torch.device, batch: int
-) -> None:
+def test_skipped_operations_do_not_run(dyn: dc.DynamicModule, device: torch.device, batch: int) -> None:
     fast = dc.lower(dyn, backend="eager")
     x = torch.randn(batch, 3, 12, 12, device=device)
     for shares, expected in (([0.0, 0.0], 4), ([1.0, 0.0], 2), ([0.0, 1.0], 3)):
@@ -199,9 +190,7 @@ def test_forced_masks_and_restoration(dyn: dc.DynamicModule, device: torch.devic
     assert fast._override is None
 
 
-def test_forced_shares_are_right_on_average_at_batch_one(
-    dyn: dc.DynamicModule, device: torch.device
-) -> None:
+def test_forced_shares_are_right_on_average_at_batch_one(dyn: dc.DynamicModule, device: torch.device) -> None:
     fast = dc.lower(dyn, backend="eager")
     x = torch.randn(1, 3, 12, 12, device=device)
     left = 0
@@ -296,9 +285,7 @@ programs = st.lists(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(steps=programs, seed=st.integers(0, 100))
-def test_random_programs_lower_to_their_reference(
-    device: torch.device, steps: Any, seed: int
-) -> None:
+def test_random_programs_lower_to_their_reference(device: torch.device, steps: Any, seed: int) -> None:
     from dyncompile.capture import capture
     from dyncompile.conversion import describe
 

@@ -84,9 +84,7 @@ def test_inplace_shares_the_models_modules(model: Net) -> None:
     assert set(model.state_dict()) == keys
 
 
-def test_static_gives_the_model_back_with_its_trained_weights(
-    dyn: dc.DynamicModule, device: torch.device
-) -> None:
+def test_static_gives_the_model_back_with_its_trained_weights(dyn: dc.DynamicModule, device: torch.device) -> None:
     with torch.no_grad():
         dyn.scale.mul_(2)
         dyn.blocks[0][0].weight.add_(0.1)
@@ -146,7 +144,9 @@ def test_trace_in_eval_mode(dyn: dc.DynamicModule, device: torch.device) -> None
     left0, left1 = trace.decisions["exit0"], trace.decisions["exit1"]
     assert left0.dtype == torch.bool
     expected = torch.where(
-        left0[:, None], trace.exits["exit0"], torch.where(left1[:, None], trace.exits["exit1"], trace.final)
+        left0[:, None],
+        trace.exits["exit0"],
+        torch.where(left1[:, None], trace.exits["exit1"], trace.final),
     )
     assert torch.equal(trace.output, expected)
     assert torch.equal(trace.output, dyn(x))

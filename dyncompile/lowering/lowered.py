@@ -10,8 +10,9 @@ from dyncompile.capture.check import resize
 from dyncompile.demand import specialise
 from dyncompile.errors import ArgumentError, LoweringError
 from dyncompile.graph import Spec, is_tensor, spec
+from dyncompile.lowering.measure import unprofitable
 from dyncompile.lowering.plan import Block, Conditional, Plan, Segment, make_plan, segment_module
-from dyncompile.lowering.runtime import BlockRunner, Run
+from dyncompile.lowering.runtime import BlockRunner, Run, Segments
 from dyncompile.module import DynamicModule, Override, disabled_decisions
 
 BACKENDS = ("inductor", "eager")
@@ -29,17 +30,23 @@ class LoweredModule(nn.Module):
         last_run: Rows that ran in the last call, by region.
     """
 
-    def __init__(self, dyn: DynamicModule, *, backend: str, options: dict[str, Any]) -> None:
+    def __init__(self, dyn: DynamicModule, *, backend: str, decline: bool, options: dict[str, Any]) -> None:
         super().__init__()
         # In a tuple, so that the lowered model has no parameters of its own: it is not trained.
         self._source = (dyn,)
         self.backend = backend
         self.snapshot = backend != "eager"
+        self.decline = decline
         self.options = options
         self.last_run: dict[str, int] = {}
         self._override: Callable[[str, Tensor, Tensor | None], Tensor] | None = None
         self.training = False
         self.relower()
+
+    @property
+    def segments(self) -> Segments:
+        """What the segments of the plan call."""
+        return self._segments
 
     @property
     def dynamic(self) -> DynamicModule:
@@ -59,32 +66,44 @@ class LoweredModule(nn.Module):
         if dyn.training:
             raise LoweringError("the model is in training mode: call `dyn.eval()` before `lower`")
         graph = specialise(dyn.graph.fx, disabled_decisions(dyn))
-        self.plan: Plan = make_plan(graph)
         self._layout = self.snapshot and _channels_last(dyn)
-        self._segments = self._compile()
-        self._runner = BlockRunner(self.plan.root, self._segments)
+        self._take(make_plan(graph))
+        if self.decline and (losses := unprofitable(self.plan, self._segments, self.examples(16))):
+            self._take(make_plan(graph, dense=losses))
         return self
 
-    def _compile(self) -> dict[Segment, Callable[..., Sequence[Tensor]]]:
+    def _take(self, plan: Plan) -> None:
+        self.plan = plan
+        self._segments = self._compile()
+        self._runner = BlockRunner(plan.root, self._segments)
+
+    def _compile(self) -> Segments:
         dyn = self.dynamic
         modules = {s: segment_module(s, dyn) for s in self.plan.segments()}
         if self.backend == "eager":
             return dict(modules)
         from dyncompile.lowering.inductor import SegmentInput, compile_segment
 
-        examples = self._examples()
+        examples = self.examples()
         compiled: dict[Segment, Callable[..., Sequence[Tensor]]] = {}
         for segment, module in modules.items():
             inputs = [SegmentInput(batch_dim=spec(n).batch_dim, rows=spec(n).rows) for n in segment.inputs]
-            compiled[segment] = compile_segment(
-                module, [examples[n] for n in segment.inputs], inputs, **self.options
-            )
+            compiled[segment] = compile_segment(module, [examples[n] for n in segment.inputs], inputs, **self.options)
         return compiled
 
-    def _examples(self) -> dict[fx.Node, Tensor]:
-        """A value for every segment's inputs, from a dense run, in the layout that they will have."""
+    def examples(self, batch: int = 4) -> dict[fx.Node, Tensor]:
+        """A value for every value that crosses a border of the plan, in the layout that it has.
+
+        Args:
+            batch: Number of samples.
+
+        Returns:
+            Values of one dense run.
+        """
         graph = self.dynamic.graph
-        wanted = {n for segment in self.plan.segments() for n in segment.inputs}
+        wanted = {n for block in self.plan.blocks() for n in (*block.inputs, *block.outputs)}
+        wanted.update(n for s in self.plan.segments() for n in (*s.inputs, *s.outputs))
+        wanted.update(n for unit in self.plan.demand.units for n in unit.selects)
         values: dict[fx.Node, Tensor] = {}
 
         class Recorder(fx.Interpreter):
@@ -94,7 +113,7 @@ class LoweredModule(nn.Module):
                     values[n] = value
                 return value
 
-        inputs = [self._laid_out(t) for t in resize(graph.inputs, graph.batch_dims, 4)]
+        inputs = [self._laid_out(t) for t in resize(graph.inputs, graph.batch_dims, batch)]
         with torch.no_grad():
             Recorder(self.dynamic, graph=self.plan.graph).run(*inputs)
         return values
@@ -108,9 +127,7 @@ class LoweredModule(nn.Module):
         """Run; the arguments and the structure of the output are the static model's."""
         graph = self.dynamic.graph
         inputs = graph.signature.flatten(args, kwargs)
-        count = next(
-            t.shape[dim] for t, dim in zip(inputs, graph.batch_dims, strict=True) if dim is not None
-        )
+        count = next(t.shape[dim] for t, dim in zip(inputs, graph.batch_dims, strict=True) if dim is not None)
         if not self.snapshot and self.dynamic.training:
             raise LoweringError("the model is in training mode: call `dyn.eval()` first")
         if count == 0:
@@ -157,9 +174,7 @@ class LoweredModule(nn.Module):
             LoweringError: `mode` is True.
         """
         if mode:
-            raise LoweringError(
-                "a lowered model does not train: train the dynamic model, then `fast.relower()`"
-            )
+            raise LoweringError("a lowered model does not train: train the dynamic model, then `fast.relower()`")
         return self
 
     def override(self, override: Override | None) -> None:
@@ -191,13 +206,18 @@ class LoweredModule(nn.Module):
         return f"backend={self.backend!r}, snapshot={self.snapshot}, conditionals={len(self.plan.demand.units)}"
 
 
-def lower(dyn: DynamicModule, backend: str = "inductor", **options: Any) -> LoweredModule:
+def lower(
+    dyn: DynamicModule, backend: str = "inductor", *, decline: bool | None = None, **options: Any
+) -> LoweredModule:
     """Make a dynamic model skip for real: per sample, inside a batch.
 
     Args:
         dyn: The dynamic model, in eval mode.
         backend: "inductor" compiles each segment, frozen, with a dynamic batch: a snapshot of the weights; "eager"
             runs the segments as they are, equal to the reference bit for bit, on the live weights.
+        decline: Run a conditional densely where its overhead (count, gather, scatter), measured
+            here at a batch of 16, exceeds all that its arms cost; `plan.dense` says which and by
+            how much. Default: for "inductor".
         options: Options of the backend.
 
     Returns:
@@ -211,7 +231,8 @@ def lower(dyn: DynamicModule, backend: str = "inductor", **options: Any) -> Lowe
         raise ArgumentError("dyn", found=type(dyn).__name__, expected="what `dyncompile.dynamize` returned")
     if backend not in BACKENDS:
         raise ArgumentError("backend", found=repr(backend), expected=f"one of {BACKENDS}")
-    return LoweredModule(dyn, backend=backend, options=options)
+    decline = backend == "inductor" if decline is None else decline
+    return LoweredModule(dyn, backend=backend, decline=decline, options=options)
 
 
 def _channels_last(dyn: DynamicModule) -> bool:

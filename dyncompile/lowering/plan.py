@@ -2,7 +2,7 @@
 
 import dataclasses
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import fx, nn
@@ -81,15 +81,20 @@ class Plan:
     demand: Demand
     dense: dict[str, str]
 
-    def segments(self) -> Iterable[Segment]:
-        """Every segment."""
+    def blocks(self) -> Iterator[Block]:
+        """Every block, outer ones first."""
         queue = [self.root]
         while queue:
-            for step in queue.pop().steps:
-                if isinstance(step, Segment):
-                    yield step
-                else:
+            block = queue.pop(0)
+            yield block
+            for step in block.steps:
+                if isinstance(step, Conditional):
                     queue.extend(arm for arm in step.arms if arm is not None)
+
+    def segments(self) -> Iterator[Segment]:
+        """Every segment."""
+        for block in self.blocks():
+            yield from (step for step in block.steps if isinstance(step, Segment))
 
 
 def make_plan(graph: fx.Graph, *, dense: dict[str, str] | None = None) -> Plan:
@@ -106,14 +111,12 @@ def make_plan(graph: fx.Graph, *, dense: dict[str, str] | None = None) -> Plan:
     free = _shape_only(graph)
     while True:
         demand = analyse(graph, dense)
-        refused = {
-            unit.name: reason for unit in demand.units if (reason := _refuse(unit, demand, free, graph))
-        }
+        refused = {unit.name: reason for unit in demand.units if (reason := _refuse(unit, demand, free))}
         if not refused:
             break
         dense.update(refused)
     builder = _Builder(graph, demand, free)
-    leaves = [leaf for leaf in graph.output_node().all_input_nodes]
+    leaves = list(graph.output_node().all_input_nodes)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     nodes = [node for node in graph.nodes if node in demand.guards and node.op != "output"]
     return Plan(graph, builder.block((), nodes, leaves, placeholders), demand, dense)
@@ -127,7 +130,11 @@ class _Builder:
         self.names = {region.guard: region.name for region in demand.regions}
 
     def block(
-        self, guard: Guard, nodes: list[fx.Node], wanted: list[fx.Node], given: list[fx.Node] | None = None
+        self,
+        guard: Guard,
+        nodes: list[fx.Node],
+        wanted: list[fx.Node],
+        given: list[fx.Node] | None = None,
     ) -> Block:
         """Schedule the nodes under a guard.
 
@@ -139,12 +146,7 @@ class _Builder:
         """
         inside = set(nodes)
         if given is None:
-            given = self._sorted(
-                source
-                for node in nodes
-                for source in self.reads(node)
-                if source not in inside
-            )
+            given = self._sorted(source for node in nodes for source in self.reads(node) if source not in inside)
         units = [u for u in self.demand.units if u.guard == guard and u.selects[0] in inside]
         owner: dict[fx.Node, Unit] = {}
         for unit in units:
@@ -161,24 +163,19 @@ class _Builder:
                 nested[path[depth][0]].append(node)
             elif node not in owner:
                 own.append(node)
-        steps = self._schedule(own, units, nested, owner, guard, set(given))
+        steps = self._schedule(own, units, nested, guard, set(given))
         self._connect(steps, wanted)
         return Block(guard, self._name(guard), given, steps, wanted)
 
     def reads(self, node: fx.Node) -> list[fx.Node]:
         """Data a node reads, through shape-only values and parameters, which every segment makes for itself."""
-        found = []
-        for source in node.all_input_nodes:
-            if source.op != "get_attr" and source not in self.free:
-                found.append(source)
-        return found
+        return [s for s in node.all_input_nodes if s.op != "get_attr" and s not in self.free]
 
     def _schedule(
         self,
         own: list[fx.Node],
         units: list[Unit],
         nested: dict[Unit, list[fx.Node]],
-        owner: dict[fx.Node, Unit],
         guard: Guard,
         ready: set[fx.Node],
     ) -> list[Segment | Conditional]:
@@ -264,7 +261,7 @@ def _shape_only(graph: fx.Graph) -> set[fx.Node]:
     return free
 
 
-def _refuse(unit: Unit, demand: Demand, free: set[fx.Node], graph: fx.Graph) -> str | None:
+def _refuse(unit: Unit, demand: Demand, free: set[fx.Node]) -> str | None:
     """Why a conditional cannot run on a part of the rows; None if it can."""
     decision = unit.decision
     if not is_tensor(decision) or spec(decision).shape != (1,) or spec(decision).batch_dim != 0:
@@ -278,7 +275,7 @@ def _refuse(unit: Unit, demand: Demand, free: set[fx.Node], graph: fx.Graph) -> 
         if not _batched(select) or not select.meta.get("sliceable", False):
             return f"`{select.name}` has no row for each sample"
     for node in inside:
-        if reason := _impure(node, graph.owning_module):
+        if reason := _impure(node):
             return reason
         for source in node.all_input_nodes:
             if source in inside or source in free or source.op == "get_attr":
@@ -289,7 +286,7 @@ def _refuse(unit: Unit, demand: Demand, free: set[fx.Node], graph: fx.Graph) -> 
     return None
 
 
-def _impure(node: fx.Node, root: nn.Module | None) -> str | None:
+def _impure(node: fx.Node) -> str | None:
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         if torch.Tag.nondeterministic_seeded in target.tags and not _is_inactive_dropout(node):
@@ -352,6 +349,3 @@ def _local_size(graph: fx.Graph, tensor: fx.Node, found: Spec, size: Size) -> fx
         if operand != neutral:
             result = graph.call_function(function, (result, operand))
     return result
-
-
-

@@ -43,11 +43,12 @@ def gather(tensor: Tensor, index: Tensor, found: Spec) -> Tensor:
     if dim is None:
         return tensor
     if found.rows != 1:
-        parts = tensor.unflatten(dim, (-1, found.rows))
+        parts: Tensor = tensor.unflatten(dim, (-1, found.rows))
         return parts.index_select(dim, index).flatten(dim, dim + 1)
     if dim == 0 and tensor.dim() == 4 and not tensor.is_contiguous():
         # Copy whole rows: index_select would rewrite a channels-last tensor as a contiguous one.
-        return tensor.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
+        rows = tensor.permute(0, 2, 3, 1).index_select(0, index)
+        return rows.permute(0, 3, 1, 2)
     return tensor.index_select(dim, index)
 
 
@@ -126,14 +127,18 @@ class SegmentRunner:
     __slots__ = ("call", "dead", "reads", "writes")
 
     def __init__(
-        self, step: Segment, call: Callable[..., Sequence[Tensor]], slots: dict[fx.Node, int], dead: list[int]
+        self,
+        step: Segment,
+        call: Callable[..., Sequence[Tensor]],
+        slots: dict[fx.Node, int],
+        dead: list[int],
     ) -> None:
         self.call = call
         self.reads = [slots[n] for n in step.inputs]
         self.writes = [slots[n] for n in step.outputs]
         self.dead = dead
 
-    def __call__(self, frame: Frame, samples: Tensor | None, count: int, run: Run) -> None:
+    def __call__(self, frame: Frame, *_: object) -> None:
         results = self.call(*[frame[i] for i in self.reads])
         for slot, value in zip(self.writes, results, strict=True):
             frame[slot] = value
@@ -149,16 +154,17 @@ class ConditionalRunner:
         self.decision = slots[step.unit.decision]
         self.routed = step.selects[0].target is not SELECT
         self.arms = [BlockRunner(arm, segments) if arm else None for arm in step.arms]
-        self.reads = [
-            [(slots[n], spec(n)) for n in arm.inputs] if arm else [] for arm in step.arms
-        ]
+        self.reads = [[(slots[n], spec(n)) for n in arm.inputs] if arm else [] for arm in step.arms]
         inside = [{n: i for i, n in enumerate(arm.outputs)} if arm else {} for arm in step.arms]
         # For each select: its slot, its layout, and for each arm (is it a value of this frame, slot or result).
         self.selects = [
             (
                 slots[select],
                 spec(select),
-                [(v not in inside[i], slots[v] if v not in inside[i] else inside[i][v]) for i, v in enumerate(arms_of(select))],
+                [
+                    (v not in inside[i], slots[v] if v not in inside[i] else inside[i][v])
+                    for i, v in enumerate(arms_of(select))
+                ],
             )
             for select in step.selects
         ]
@@ -181,7 +187,7 @@ class ConditionalRunner:
         if not self.routed:
             taken = decision.nonzero().view(-1)
             number = taken.shape[0]
-            if number == 0 or number == count:
+            if number in (0, count):
                 return int(number == count)
             return [decision.logical_not().nonzero().view(-1), taken]
         rows: list[Tensor | None] = []

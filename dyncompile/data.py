@@ -109,9 +109,7 @@ def as_loader(
         raise check.error("no samples", "at least one")
     sampler = _Order(dataset, num_replicas=replicas, rank=rank, shuffle=shuffle, seed=seed)
     lonely = shuffle and len(sampler) > batch_size and len(sampler) % batch_size == 1
-    return DataLoader(
-        dataset, batch_size=batch_size, sampler=sampler, drop_last=lonely, collate_fn=collate
-    )
+    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, drop_last=lonely, collate_fn=collate)
 
 
 def _is_map_style(data: Any) -> bool:
@@ -150,9 +148,7 @@ class _Check:
                 raise self.error(f"NaN or infinite values in the {name}", "finite numbers")
         if targets.is_floating_point():
             if self.classes is not None:
-                raise self.error(
-                    f"targets of {targets.dtype}", f"integer labels in [0, {self.classes})"
-                )
+                raise self.error(f"targets of {targets.dtype}", f"integer labels in [0, {self.classes})")
             return inputs, targets
         targets = targets.long()
         if self.classes is not None:
@@ -208,16 +204,14 @@ def _checked(loader: DataLoader[Any], check: _Check) -> DataLoader[Batch]:
     """The same loader, with the same sampler and workers, whose batches are split and checked."""
     if not isinstance(loader.dataset, IterableDataset) and len(loader) == 0:
         raise check.error("a loader without batches", "at least one")
-    collate = (
-        loader.collate_fn.collate if isinstance(loader.collate_fn, _Collate) else loader.collate_fn
-    )
+    collate = loader.collate_fn.collate if isinstance(loader.collate_fn, _Collate) else loader.collate_fn
     copied = copy.copy(loader)
     if isinstance(loader.dataset, _Arrays):
         _Arrays.of(loader.dataset, check)
     else:
         copied.collate_fn = _Collate(collate, check)
     # The workers of a persistent iterator belong to the loader copied from.
-    copied._iterator = None  # noqa: SLF001
+    copied._iterator = None
     return copied
 
 
@@ -237,14 +231,10 @@ class _Arrays(Dataset[Batch]):
         if isinstance(data, _Arrays):
             return cls(*check(data.inputs, data.targets))
         if len(data) != 2:
-            raise check.error(
-                f"a {type(data).__name__} of {len(data)}", "a pair of arrays (inputs, targets)"
-            )
+            raise check.error(f"a {type(data).__name__} of {len(data)}", "a pair of arrays (inputs, targets)")
         inputs, targets = data
         inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
-        inputs = tree_map(
-            lambda leaf: _tensor(leaf, check), inputs, is_leaf=lambda leaf: isinstance(leaf, list)
-        )
+        inputs = tree_map(lambda leaf: _tensor(leaf, check), inputs, is_leaf=lambda leaf: isinstance(leaf, list))
         targets = _tensor(targets, check)
         lengths = [len(leaf) if leaf.ndim else 0 for leaf in (*tree_leaves(inputs), targets)]
         if len(set(lengths)) > 1:

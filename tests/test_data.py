@@ -44,9 +44,7 @@ def test_arrays_become_tensors_of_the_default_dtype():
     assert [len(y) for _, y in loader] == [4, 4, 2]
     inputs, targets = next(iter(loader))
     assert (inputs.dtype, targets.dtype) == (torch.float32, torch.int64)
-    assert torch.equal(
-        torch.cat([x for x, _ in loader]), torch.tensor(pair()[0], dtype=torch.float32)
-    )
+    assert torch.equal(torch.cat([x for x, _ in loader]), torch.tensor(pair()[0], dtype=torch.float32))
 
 
 def test_torch_arrays_keep_their_dtype_and_read_only_numpy_ones_are_copied():
@@ -88,9 +86,7 @@ def test_shuffling_changes_with_the_pass_and_repeats_with_the_seed():
 
 def test_replicas_together_see_the_batches_of_one_process():
     def seen(replicas, rank):
-        loader = as_loader(
-            pair(), batch_size=6 // replicas, shuffle=True, replicas=replicas, rank=rank
-        )
+        loader = as_loader(pair(), batch_size=6 // replicas, shuffle=True, replicas=replicas, rank=rank)
         return [set(x[:, 0].tolist()) for x, _ in loader]
 
     together = [a | b for a, b in zip(seen(2, 0), seen(2, 1), strict=True)]

@@ -20,10 +20,7 @@ N, K, T = 6, 4, 3.0
 
 
 def make_trace(device, shape=(N, K), **parts):
-    values = {
-        name: torch.randn(shape, device=device, requires_grad=True)
-        for name in ("exit0", "exit1", "final")
-    }
+    values = {name: torch.randn(shape, device=device, requires_grad=True) for name in ("exit0", "exit1", "final")}
     exits = {name: values[name] for name in ("exit0", "exit1")}
     cost = parts.pop("cost", torch.ones(N, device=device))
     confidence = parts.pop("confidence", {})
@@ -108,10 +105,7 @@ def test_a_static_teacher_is_asked_about_the_inputs_and_stays_as_it_was(device, 
     assert all(p.requires_grad for p in teacher.parameters())
     log_q = F.log_softmax(teacher[0](inputs), 1)
     predictions = (*trace.exits.values(), trace.final)
-    expected = sum(
-        F.kl_div(F.log_softmax(p, 1), log_q, reduction="batchmean", log_target=True)
-        for p in predictions
-    )
+    expected = sum(F.kl_div(F.log_softmax(p, 1), log_q, reduction="batchmean", log_target=True) for p in predictions)
     nn.init.zeros_(teacher[0].weight)
     assert objective(trace, labels, inputs).item() == near(expected)
     assert objective(trace, labels, {"input": inputs}).item() == near(expected)
@@ -164,10 +158,7 @@ def test_dense_predictions(device, shape, dims):
     expected = sum(F.cross_entropy(p[1::2], labels.flatten()[1::2]) for p in flat)
     assert MultiExit(ignore_index=255)(trace, kept).item() == near(expected)
     q = F.log_softmax(flat[2][1::2] / T, 1)
-    divergences = [
-        F.kl_div(F.log_softmax(p[1::2] / T, 1), q, reduction="batchmean", log_target=True)
-        for p in flat[:2]
-    ]
+    divergences = [F.kl_div(F.log_softmax(p[1::2] / T, 1), q, reduction="batchmean", log_target=True) for p in flat[:2]]
     loss = Distillation(alpha=0, temperature=T, ignore_index=255)(trace, kept)
     assert loss.item() == near(T**2 * sum(divergences))
 
@@ -201,10 +192,7 @@ def test_regression(device):
 
 
 def test_learned_confidence_is_least_at_what_it_teaches(device):
-    confidence = {
-        name: torch.full((N,), 0.5, device=device, requires_grad=True)
-        for name in ("exit0", "exit1")
-    }
+    confidence = {name: torch.full((N,), 0.5, device=device, requires_grad=True) for name in ("exit0", "exit1")}
     trace = make_trace(device, (N, 1), confidence=confidence)
     targets = torch.randn(N, device=device)
     errors = [(p[:, 0] - targets) ** 2 for p in (*trace.exits.values(), trace.final)]
@@ -231,9 +219,7 @@ def test_half_precision_is_taken_to_float32(device, labels):
     )
     loss = (Distillation() + ExpectedCost())(half, labels)
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(
-        (Distillation() + ExpectedCost())(trace, labels).item(), rel=0.05
-    )
+    assert loss.item() == pytest.approx((Distillation() + ExpectedCost())(trace, labels).item(), rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -269,9 +255,7 @@ def test_targets_have_a_shape_that_fits(trace, labels):
 
 
 def test_every_new_parameter_of_a_real_model_gets_a_gradient(device):
-    model = nn.Sequential(
-        *(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(3)), nn.Linear(8, K)
-    )
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(3)), nn.Linear(8, K))
     dyn = dynamize(model, "early_exit", exits=2, example_inputs=torch.randn(2, 8)).to(device)
     labels = torch.arange(N, device=device) % K
     for objective in (MultiExit(), Distillation(), ExpectedCost()):

@@ -1,15 +1,17 @@
 """`calibrate`: set the exits of a dynamic model so that its risk or its cost is as asked."""
 
+import dataclasses
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from dyncompile.calibration.certify import Target, choose, split
+from dyncompile.calibration.certify import Indices, Scores, Target, choose, split
+from dyncompile.calibration.evidence import Evidence, Picture, left_at
 from dyncompile.calibration.losses import NAMED, Loss, resolve
 from dyncompile.calibration.result import Calibration
 from dyncompile.calibration.risk import Array
-from dyncompile.calibration.scores import record
+from dyncompile.calibration.scores import Recording, record
 from dyncompile.calibration.temperature import TEMPERATURES, fit_temperatures
 from dyncompile.errors import ArgumentError
 from dyncompile.module import DynamicModule
@@ -107,8 +109,9 @@ def calibrate(
         costs = dyn.exit_costs(names) if unit == "flops" else dyn.exit_costs(names, unit=unit)
         return np.array([costs.get(name, np.nan) for name in (*exits, "final")])
 
+    scores = recording.at(fitted)
     calibration = choose(
-        recording.at(fitted),
+        scores,
         cost_of,
         target,
         design=design,
@@ -118,4 +121,38 @@ def calibrate(
         seed=seed,
     )
     calibration.apply(dyn)
-    return calibration
+    return dataclasses.replace(
+        calibration, evidence=_evidence(dyn, recording, scores, calibration, held_out)
+    )
+
+
+def _evidence(
+    dyn: DynamicModule,
+    recording: Recording,
+    scores: Scores,
+    calibration: Calibration,
+    held_out: Indices,
+) -> Evidence:
+    """Where samples left, and the extreme ones."""
+    thresholds, enabled = calibration.thresholds.values(), calibration.enabled.values()
+    leave = left_at(scores.confidence, list(thresholds), list(enabled))
+    labels, predicted = recording.labels, recording.predicted
+    hardest, easiest = (
+        tuple(
+            Picture(
+                image=image,
+                leave=int(leave[i]),
+                label=None if labels is None else int(labels[i]),
+                predicted=None if predicted is None else int(predicted[i, leave[i]]),
+            )
+            for i, image in end
+        )
+        for end in recording.gallery.ends()
+    )
+    return Evidence(
+        dyn=dyn,
+        leave=leave[held_out],
+        labels=None if labels is None else labels[held_out],
+        hardest=hardest,
+        easiest=easiest,
+    )

@@ -3,15 +3,18 @@
 import dataclasses
 import io
 import math
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+from dyncompile.calibration.evidence import Evidence
 from dyncompile.errors import ArgumentError, require
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from dyncompile.module import DynamicModule
+    from dyncompile.reporting import Measurement
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,6 +82,7 @@ class Calibration:
         design_samples: Samples that temperatures and candidates were chosen on.
         held_out_samples: Samples that the candidates were tested and measured on.
         seed: Seed of the split between them.
+        evidence: What a report shows beside all this; not part of the result's value.
     """
 
     exits: tuple[ExitSetting, ...]
@@ -97,6 +101,7 @@ class Calibration:
     design_samples: int
     held_out_samples: int
     seed: int
+    evidence: Evidence | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def thresholds(self) -> dict[str, float]:
@@ -147,8 +152,10 @@ class Calibration:
             module.enabled.fill_(setting.enabled)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as values that JSON can hold."""
-        return dataclasses.asdict(self)
+        """Everything but the evidence, as values that JSON can hold."""
+        values = dataclasses.asdict(dataclasses.replace(self, evidence=None))
+        del values["evidence"]
+        return values
 
     def table(self) -> "Table":
         """A rich table of the exits."""
@@ -213,16 +220,27 @@ class Calibration:
             axes.figure.savefig(path)
         return axes
 
-    def report(self, path: "str | PathLike[str]") -> None:
+    def report(
+        self,
+        path: "str | PathLike[str]",
+        *,
+        measurements: "Mapping[str, Measurement] | None" = None,
+        classes: Sequence[str] | None = None,
+    ) -> None:
         """Write the calibration as a self-contained HTML page.
 
         Args:
             path: File to write.
+            measurements: Models that were measured, by name, the static twin first; see
+                `dyncompile.reporting.write_report`.
+            classes: Names of the classes.
 
         Raises:
             MissingExtraError: jinja2 or matplotlib is not installed.
         """
-        require("dyncompile.reporting", extra="report").write_report(self, path)
+        from dyncompile.reporting import write_report
+
+        write_report(self, path, measurements=measurements, classes=classes)
 
     def _title(self) -> str:
         asked = [] if self.max_drop is None else [f"risk <= {self.max_drop:g}"]

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, IterableDataset
 
 from dyncompile.calibration.certify import Scores
+from dyncompile.calibration.evidence import Gallery
 from dyncompile.calibration.losses import Loss
 from dyncompile.calibration.risk import Array
 from dyncompile.calibration.temperature import (
@@ -39,6 +40,9 @@ class Recording:
         losses: Losses by exit and at the end, `[N, E + 1]`.
         correct: Share of right labels by exit and at the end, `[N, E + 1]`; None in regression.
         binary: Whether losses are 0 or 1 by definition.
+        labels: Class of each sample, `[N]`; None where samples have not exactly one.
+        predicted: Predicted class by exit and at the end, `[N, E + 1]`; None likewise.
+        gallery: The images that the exits are surest and least sure of.
     """
 
     exits: tuple[str, ...]
@@ -47,6 +51,9 @@ class Recording:
     losses: Array
     correct: Array | None
     binary: bool
+    labels: NDArray[np.intp] | None
+    predicted: NDArray[np.intp] | None
+    gallery: Gallery
 
     def at(self, temperatures: NDArray[np.intp]) -> Scores:
         """Scores with one temperature of the grid per exit, `[E]`."""
@@ -88,12 +95,14 @@ def record(
     loader = as_loader(data, batch_size=batch_size)
     rows: list[dict[str, Tensor]] = []
     flat = True
+    gallery = Gallery()
     with _running(dyn, device) as where, torch.no_grad():
         for inputs, targets in _shown(loader, progress=progress):
             moved: tuple[Inputs, Tensor] = tree_map(
                 lambda leaf: leaf.to(where) if isinstance(leaf, Tensor) else leaf, (inputs, targets)
             )
             rows.append(_score(dyn, *moved, loss))
+            gallery.add(moved[0], rows[-1]["confidence"])
             flat = flat and targets.ndim == 1
     columns = (
         {name: torch.cat([row[name] for row in rows]).numpy() for name in rows[0]} if rows else {}
@@ -107,6 +116,9 @@ def record(
         losses=columns["losses"].astype(np.float64),
         correct=columns["correct"].astype(np.float64) if "correct" in columns else None,
         binary=named and flat,
+        labels=columns.get("labels"),
+        predicted=columns.get("predicted"),
+        gallery=gallery,
     )
 
 
@@ -128,6 +140,9 @@ def _score(dyn: DynamicModule, inputs: Inputs, targets: Tensor, loss: Loss) -> d
             "nll": torch.stack([_likelihoods(p, targets) for p in logits[:-1]], 1),
             "confidence": _confidences(exits, trace),
         }
+        if targets.ndim == 1:
+            columns["labels"] = targets
+            columns["predicted"] = torch.stack([p.argmax(1) for p in logits], 1)
     else:
         logits = list(predictions.values())
         columns = {"confidence": torch.stack([trace.confidence[n] for n in exits], 1)[..., None]}

@@ -1,0 +1,100 @@
+"""What a report shows beside the settings: where each sample left, and the extreme inputs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from dyncompile.data import Inputs
+
+if TYPE_CHECKING:
+    from dyncompile.module import DynamicModule
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Picture:
+    """An input that is an image.
+
+    Attributes:
+        image: `[C, H, W]`, C 1 or 3.
+        leave: Index of the exit it leaves at; E for the end.
+        label: Its class; None where it has not exactly one.
+        predicted: The class that the dynamic model gives it; None likewise.
+    """
+
+    image: NDArray[np.float32]
+    leave: int
+    label: int | None
+    predicted: int | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Evidence:
+    """What the calibration saw.
+
+    Attributes:
+        dyn: The model that was calibrated.
+        leave: For each held-out sample the index of the exit it leaves at, `[M]`; E for the end.
+        labels: Class of each held-out sample, `[M]`; None where samples have not exactly one.
+        hardest: Of all samples those that the exits are least sure of, hardest first.
+        easiest: Those that they are surest of, easiest first.
+    """
+
+    dyn: "DynamicModule"
+    leave: NDArray[np.intp]
+    labels: NDArray[np.intp] | None
+    hardest: tuple[Picture, ...] = ()
+    easiest: tuple[Picture, ...] = ()
+
+
+class Gallery:
+    """Keeps the images that the exits are surest and least sure of, while the data pass by.
+
+    Args:
+        count: How many of either.
+    """
+
+    def __init__(self, count: int = 12) -> None:
+        self.count = count
+        self._kept: list[tuple[float, int, NDArray[np.float32]]] = []
+        self._seen = 0
+
+    def add(self, inputs: Inputs, confidence: Tensor) -> None:
+        """Look at one batch.
+
+        Args:
+            inputs: Of the batch; its first leaf of shape `[N, C, H, W]`, C 1 or 3, is kept from.
+            confidence: `[N, ...]`, averaged for each sample.
+        """
+        ease = confidence.float().flatten(1).mean(1)
+        images = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and _are_images(x)]
+        if images and len(images[0]) == len(ease):
+            order = ease.argsort().tolist()
+            for i in {*order[: self.count], *order[-self.count :]}:
+                image = images[0][i].detach().float().cpu().numpy().copy()
+                self._kept.append((float(ease[i]), self._seen + i, image))
+            self._kept.sort(key=lambda kept: kept[:2])
+            del self._kept[self.count : -self.count]
+        self._seen += len(ease)
+
+    def ends(self) -> tuple[list[tuple[int, NDArray[np.float32]]], ...]:
+        """Index among all samples and image `[C, H, W]`: the hardest, and the easiest."""
+        kept = [(index, image) for _, index, image in self._kept]
+        half = min(self.count, len(kept) // 2)
+        return kept[:half], kept[len(kept) - half :][::-1]
+
+
+def left_at(confidence: NDArray[np.float32], thresholds: Sequence[float], enabled: Sequence[bool]) -> NDArray[np.intp]:
+    """Index of the first enabled exit whose threshold the confidence `[N, E]` reaches; else E."""
+    fires = (confidence >= np.array(thresholds, dtype=np.float32)) & np.array(enabled)
+    ends = np.ones((len(fires), 1), dtype=bool)
+    index: NDArray[np.intp] = np.concatenate([fires, ends], 1).argmax(1)
+    return index
+
+
+def _are_images(tensor: Tensor) -> bool:
+    return tensor.ndim == 4 and tensor.shape[1] in (1, 3) and min(tensor.shape[2:]) > 1

@@ -65,9 +65,7 @@ def save(dyn: DynamicModule, folder: str | os.PathLike[str], *, force: bool = Fa
         RecipeError: An option, argument or state that cannot be written.
     """
     if not isinstance(dyn, DynamicModule):
-        raise ArgumentError(
-            "dyn", found=type(dyn).__name__, expected="what dynamize or load returns"
-        )
+        raise ArgumentError("dyn", found=type(dyn).__name__, expected="what dynamize or load returns")
     folder = Path(folder)
     _check_free(folder, force=force)
     for step in dyn.recipe.steps:
@@ -75,9 +73,7 @@ def save(dyn: DynamicModule, folder: str | os.PathLike[str], *, force: bool = Fa
             try:
                 decode_option(value)
             except RecipeError as error:
-                raise RecipeError(
-                    f"option `{option}` of `{step.strategy}` cannot be saved: {error}"
-                ) from error
+                raise RecipeError(f"option `{option}` of `{step.strategy}` cannot be saved: {error}") from error
     signature = dyn.graph.signature
     names = iter(signature.names)
     leaves = [
@@ -139,19 +135,13 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> DynamicModule:
             or `model` has another architecture: the message says which entries of its state differ.
     """
     if isinstance(model, DynamicModule) or not isinstance(model, nn.Module):
-        raise ArgumentError(
-            "model", found=type(model).__name__, expected="the static model, a torch.nn.Module"
-        )
+        raise ArgumentError("model", found=type(model).__name__, expected="the static model, a torch.nn.Module")
     folder = Path(folder)
     recipe = _read_recipe(folder)
     weights = _find_weights(folder, recipe)
     _check_state(folder, recipe, model)
     state = _read_weights(weights)
-    inputs = {
-        name.removeprefix(_INPUTS): state.pop(name)
-        for name in list(state)
-        if name.startswith(_INPUTS)
-    }
+    inputs = {name.removeprefix(_INPUTS): state.pop(name) for name in list(state) if name.startswith(_INPUTS)}
     expected = state.pop(_OUTPUT)
     try:
         graph = _recapture(recipe, model, _moved(inputs, recipe, model))
@@ -211,9 +201,7 @@ def _check_free(folder: Path, *, force: bool) -> None:
         ) from error
 
 
-def _entries(
-    dyn: DynamicModule, examples: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _entries(dyn: DynamicModule, examples: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors to write, and for each entry that is one of them again (tied weights) its name."""
     state = dyn.state_dict()
     clashes = state.keys() & examples.keys()
@@ -272,9 +260,7 @@ def _read_recipe(folder: Path) -> Recipe:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is corrupt or truncated: {error}") from error
     if not isinstance(content, dict) or content.get("format") != "dyncompile-recipe":
-        raise RecipeError(
-            f'{path} is no recipe of dyncompile: it does not say `"format": "dyncompile-recipe"`'
-        )
+        raise RecipeError(f'{path} is no recipe of dyncompile: it does not say `"format": "dyncompile-recipe"`')
     version = content.get("version")
     if isinstance(version, int) and version > VERSION:
         raise RecipeError(
@@ -316,11 +302,7 @@ def _check_state(folder: Path, recipe: Recipe, model: nn.Module) -> None:
     differences = [
         *(f"`{k}` is missing" for k in recipe.state.keys() - found.keys()),
         *(f"`{k}` is not in the recipe" for k in found.keys() - recipe.state.keys()),
-        *(
-            f"`{k}` is {found[k]} instead of {v}"
-            for k, v in recipe.state.items()
-            if found.get(k, v) != v
-        ),
+        *(f"`{k}` is {found[k]} instead of {v}" for k, v in recipe.state.items() if found.get(k, v) != v),
     ]
     if differences:
         shown = "; ".join(sorted(differences)[:5])
@@ -344,9 +326,7 @@ def _recapture(recipe: Recipe, model: nn.Module, inputs: Mapping[str, Tensor]) -
         prediction_only=recipe.prediction_only,
     )
     if graph.mode != recipe.mode:
-        raise RecipeError(
-            f"the model was captured in {recipe.mode} mode, and now only in {graph.mode} mode"
-        )
+        raise RecipeError(f"the model was captured in {recipe.mode} mode, and now only in {graph.mode} mode")
     graph.task = recipe.task
     # Capture disturbs its examples; saved again and again, they would drift.
     graph.inputs = tuple(inputs[name] for name in graph.signature.names)
@@ -375,6 +355,4 @@ def _pass(step: Step) -> Pass:
     try:
         return known[step.strategy](**options)
     except TypeError as error:
-        raise RecipeError(
-            f"the installed pass `{step.strategy}` has other options: {error}"
-        ) from error
+        raise RecipeError(f"the installed pass `{step.strategy}` has other options: {error}") from error

@@ -22,12 +22,8 @@ class Convolutional(nn.Module):
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()
-        )
-        self.body = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()
-        )
+        self.stem = nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
         self.fc = nn.Linear(width, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,9 +55,7 @@ def cautious(logits: Tensor, earlier: object) -> Tensor:
 def dynamic(device: torch.device, width: int = 8, **options: object) -> dc.DynamicModule:
     """A model that is nowhere as it was born: trained-looking statistics, exits set."""
     model = Convolutional(width).to(device)
-    dyn = dc.dynamize(
-        model, "early_exit", example_inputs=torch.randn(4, 1, 8, 8, device=device), **options
-    )
+    dyn = dc.dynamize(model, "early_exit", example_inputs=torch.randn(4, 1, 8, 8, device=device), **options)
     dyn.train()(torch.randn(16, 1, 8, 8, device=device))
     with torch.no_grad():
         for parameter in dyn.parameters():
@@ -139,9 +133,7 @@ def test_random_state_of_the_inputs_is_not_needed(folder: Path, device: torch.de
     assert_same_state(dc.load(folder, Convolutional().to(device)), first)
 
 
-def test_saved_again_it_is_the_same(
-    dyn: dc.DynamicModule, folder: Path, tmp_path: Path, device: torch.device
-) -> None:
+def test_saved_again_it_is_the_same(dyn: dc.DynamicModule, folder: Path, tmp_path: Path, device: torch.device) -> None:
     loaded = dc.load(folder, Convolutional().to(device))
     dc.save(loaded, tmp_path / "again")
     for name in ("recipe.json", "model.safetensors"):
@@ -188,9 +180,7 @@ class Squared:
 
 
 @pytest.mark.parametrize("kind", ["lambda", "local", "instance"])
-def test_criterion_that_cannot_be_imported_is_refused(
-    kind: str, tmp_path: Path, device: torch.device
-) -> None:
+def test_criterion_that_cannot_be_imported_is_refused(kind: str, tmp_path: Path, device: torch.device) -> None:
     def local(logits: Tensor, earlier: object) -> Tensor:
         return cautious(logits, earlier)
 
@@ -200,9 +190,7 @@ def test_criterion_that_cannot_be_imported_is_refused(
         "instance": Squared(),
     }
     dyn = dc.dynamize(
-        nn.Sequential(
-            nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3)
-        ).to(device),
+        nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3)).to(device),
         EarlyExit(exits=1, criterion=criterion[kind]),
     )
     with pytest.raises(
@@ -217,9 +205,7 @@ def test_criterion_that_cannot_be_imported_is_refused(
 
 
 def test_other_architectures_are_named(folder: Path) -> None:
-    with pytest.raises(
-        RecipeError, match=r"`body.0.bias` is \[6\] instead of \[8\].*; and \d+ more"
-    ):
+    with pytest.raises(RecipeError, match=r"`body.0.bias` is \[6\] instead of \[8\].*; and \d+ more"):
         dc.load(folder, Convolutional(6))
     changed = Convolutional()
     changed.head = changed.fc
@@ -236,20 +222,14 @@ def test_same_state_with_other_operations_is_refused(folder: Path, device: torch
         def forward(self, x: Tensor) -> Tensor:
             return self.fc(self.body(self.stem(x)).amax((2, 3)))
 
-    with pytest.raises(
-        RecipeError, match=r"has the state of .*Convolutional` but computes something"
-    ):
+    with pytest.raises(RecipeError, match=r"has the state of .*Convolutional` but computes something"):
         dc.load(folder, Pooled().to(device))
 
     class Smooth(Convolutional):
         def forward(self, x: Tensor) -> Tensor:
-            return self.fc(
-                nn.functional.gelu(self.body[1](self.body[0](x.expand(-1, 8, 8, 8)))).mean((2, 3))
-            )
+            return self.fc(nn.functional.gelu(self.body[1](self.body[0](x.expand(-1, 8, 8, 8)))).mean((2, 3)))
 
-    with pytest.raises(
-        RecipeError, match=r"made for .*Convolutional` .*cannot be replayed: .*no node"
-    ):
+    with pytest.raises(RecipeError, match=r"made for .*Convolutional` .*cannot be replayed: .*no node"):
         dc.load(folder, Smooth().to(device))
 
 
@@ -314,9 +294,7 @@ def test_recipe_that_is_something_else(folder: Path, content: bytes) -> None:
 
 def test_missing_third_party_pass_names_its_entry_point(folder: Path, device: torch.device) -> None:
     text = (folder / "recipe.json").read_text()
-    (folder / "recipe.json").write_text(
-        text.replace('"strategy": "early_exit"', '"strategy": "acme_skip"')
-    )
+    (folder / "recipe.json").write_text(text.replace('"strategy": "early_exit"', '"strategy": "acme_skip"'))
     expected = r"no package offers the entry point `acme_skip` in the group `dyncompile\.passes`"
     with pytest.raises(RecipeError, match=expected):
         dc.load(folder, Convolutional().to(device))
@@ -353,15 +331,11 @@ def test_wrong_arguments(dyn: dc.DynamicModule, folder: Path, tmp_path: Path) ->
 # --- what save leaves ----------------------------------------------------------------------------
 
 
-def test_files_of_others_are_kept_without_force(
-    dyn: dc.DynamicModule, tmp_path: Path, device: torch.device
-) -> None:
+def test_files_of_others_are_kept_without_force(dyn: dc.DynamicModule, tmp_path: Path, device: torch.device) -> None:
     save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
     (tmp_path / "notes.txt").write_text("mine")
     before = (tmp_path / "model.safetensors").read_bytes()
-    with pytest.raises(
-        ArgumentError, match=r"model.safetensors not written by dyncompile.*force=True"
-    ):
+    with pytest.raises(ArgumentError, match=r"model.safetensors not written by dyncompile.*force=True"):
         dc.save(dyn, tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before
     dc.save(dyn, tmp_path, force=True)
@@ -407,9 +381,7 @@ def save_until_killed(dyn: dc.DynamicModule, folder: Path, step: int) -> None:
 
     def watch(event: str, arguments: tuple[object, ...]) -> None:
         nonlocal seen
-        if event in ("open", "os.rename", "os.remove", "os.mkdir") and str(folder) in str(
-            arguments[0]
-        ):
+        if event in ("open", "os.rename", "os.remove", "os.mkdir") and str(folder) in str(arguments[0]):
             if seen == step:
                 os.kill(os.getpid(), signal.SIGKILL)
             seen += 1

@@ -1,8 +1,9 @@
-"""From an `nn.Module` to a canonical graph: export with layers kept whole, canonicalise, prove."""
+"""From an `nn.Module` to a canonical graph: export with layers whole, canonicalise, prove."""
 
 import copy
 import functools
 import logging
+import traceback
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -12,8 +13,11 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from dyncompile.capture import canonical
-from dyncompile.capture.check import check, resize, undisturbed
-from dyncompile.capture.leaves import leaves_of, opaque, raise_leaves
+from dyncompile.capture.check import check, expect, fresh, resize, undisturbed
+from dyncompile.capture.functional import functionalise
+from dyncompile.capture.leaves import Call, leaves_of, opaque, raise_leaves
+from dyncompile.capture.modes import follow_mode
+from dyncompile.capture.recurrent import unstack
 from dyncompile.capture.signature import Signature
 from dyncompile.errors import ArgumentError, CaptureError, DyncompileError
 from dyncompile.graph import Graph
@@ -37,8 +41,10 @@ def capture(
         model: Any module that `torch.export` takes; left as it was unless `inplace`.
         args: Example positional inputs, any pytree of tensors and constants.
         kwargs: Example keyword inputs.
-        batch_dims: Batch dim of an input by name, where it is not dim 0; None for an input without one.
-        prediction: Name of the output leaf that is the prediction; default `logits`, else the only floating leaf.
+        batch_dims: Batch dim of an input by name, where it is not dim 0; None for an input without
+            one.
+        prediction: Name of the output leaf that is the prediction; default `logits`, else the only
+            floating leaf.
         prediction_only: Drop the other leaves of the output.
         inplace: The graph's root is the model itself instead of a copy.
 
@@ -51,30 +57,28 @@ def capture(
         ArgumentError: The inputs or the name of the prediction do not fit.
     """
     signature = Signature.of(model, args, kwargs or {})
-    root = model if inplace else copy.deepcopy(model)
+    root = model if inplace else _copied(model)
     _forget_cache(root)
     inputs = [t.detach() for t in signature.flatten(args, kwargs or {})]
     dims = _batch_dims(signature, inputs, batch_dims or {})
-    examples = resize(tuple(inputs), dims, 3)
     attempt = functools.partial(
-        _attempt, root, model, signature, examples, dims, prediction, prediction_only
+        _attempt, root, signature, resize(tuple(inputs), dims, 3), dims, prediction, prediction_only
     )
     try:
-        graph = attempt(training=True)
+        return attempt(training=True)
+    except ArgumentError:
+        raise
     except DyncompileError as first:
-        if isinstance(first, ArgumentError):
-            raise
         try:
             graph = attempt(training=False)
         except DyncompileError:
             raise first from first.__cause__
         _log.warning("captured in eval mode only, because in training mode %s", first)
-    return graph
+        return graph
 
 
 def _attempt(
     root: nn.Module,
-    model: nn.Module,
     signature: Signature,
     inputs: tuple[Tensor, ...],
     dims: tuple[int | None, ...],
@@ -83,50 +87,67 @@ def _attempt(
     *,
     training: bool,
 ) -> Graph:
-    args, kwargs = signature.call_arguments(list(inputs))
+    args, kwargs = signature.call_arguments(fresh(inputs))
     with undisturbed(root):
         root.train(training)
-        with torch.no_grad():
-            signature = signature.with_output(root(*args, **kwargs), prediction)
-            leaves = leaves_of(root, lambda: root(*args, **kwargs))
-        exported, calls = _export(root, leaves, args, kwargs, signature, dims)
+        try:
+            outputs: list[Any] = []
+            leaves = leaves_of(root, lambda: outputs.append(root(*args, **kwargs)))
+        except Exception as error:  # whatever the user's own forward raises
+            raise CaptureError(f"the model stops on its example inputs: {_reason(error)}") from error
+    signature = signature.with_output(outputs[0], prediction)
+    expected = expect(root, signature, inputs, dims, training=training)
+    with undisturbed(root):
+        root.train(training)
+        exported, calls = _export(root, leaves, inputs, signature, dims)
     module = exported.module(check_guards=False)
     constants: dict[str, Tensor] = {}
-    known = {name for name, _ in (*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False))}
-    nodes = canonical.copy_graph(module, constants, known)
+    state = {
+        *(name for name, _ in root.named_parameters(remove_duplicate=False)),
+        *(name for name, _ in root.named_buffers(remove_duplicate=False)),
+    }
+    nodes = canonical.copy_graph(module, constants, state)
     mutating = raise_leaves(nodes, calls)
-    canonical.functionalise(nodes, mutating)
+    nodes = functionalise(nodes, mutating, state)
+    added: dict[str, nn.Module] = {}
+    unstack(nodes, root, added)
+    if training:
+        follow_mode(nodes, added)
+    canonical.unbake_devices(nodes, inputs[0].device)
     graph = Graph(root, nodes, signature, inputs, dims, "train" if training else "eval")
     graph.overwriting = tuple(sorted({str(node.target) for node in mutating}))
     for leaf in graph.overwriting:
         root.get_submodule(leaf).inplace = False  # type: ignore[assignment]
-    for path, tensor in constants.items():
-        owner, name = path.split(".")
-        if owner not in root._modules:
-            root.add_module(owner, nn.Module())
-        root.get_submodule(owner).register_buffer(name, tensor, persistent=False)
-    if training:
-        for path, added in canonical.follow_mode(nodes).items():
-            graph.add_module(path, added)
-    canonical.unbake_devices(nodes, inputs[0].device)
-    if prediction_only:
-        graph.output.args = ((graph.prediction,),)
-        graph.signature = graph.signature.only_prediction()
-    graph.propagate()
-    canonical.drop_noops(nodes, {n: n.meta["spec"] for n in nodes.nodes})
-    nodes.lint()
-    check(graph, model)
+    try:
+        for path, module_ in added.items():
+            graph.add_module(path, module_)
+        for path, tensor in constants.items():
+            graph.add_constant(path, tensor)
+        if prediction_only:
+            graph.output.args = ((graph.prediction,),)
+            expected = [(*run[:3], [run[3][signature.prediction]]) for run in expected]
+            graph.signature = signature.only_prediction()
+        graph.propagate()
+        canonical.drop_noops(nodes)
+        nodes.lint()
+        check(graph, expected)
+    except DyncompileError:
+        for name in ("_modes", "_constants"):
+            root._modules.pop(name, None)
+        for leaf in graph.overwriting:
+            root.get_submodule(leaf).inplace = True  # type: ignore[assignment]
+        raise
     return graph
 
 
 def _export(
     root: nn.Module,
     leaves: dict[str, bool],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    inputs: tuple[Tensor, ...],
     signature: Signature,
     dims: tuple[int | None, ...],
-) -> tuple[torch.export.ExportedProgram, list[Any]]:
+) -> tuple[torch.export.ExportedProgram, list[Call]]:
+    args, kwargs = signature.call_arguments(fresh(inputs))
     queue = iter(dims)
 
     def shape(leaf: Any) -> Any:
@@ -141,9 +162,7 @@ def _export(
     try:
         with opaque(root, leaves) as calls, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            exported = torch.export.export(
-                root, args, kwargs, dynamic_shapes=shapes, strict=False
-            )
+            exported = torch.export.export(root, args, kwargs, dynamic_shapes=shapes, strict=False)
     except DyncompileError:
         raise
     except Exception as error:  # whatever the user's own forward or torch.export raises
@@ -153,37 +172,44 @@ def _export(
 
 def _reason(error: Exception) -> str:
     """The first line of an error, and the line of the user's code it came from."""
-    import traceback
-
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "/torch/" not in f.filename and "dyncompile" not in f.filename]
+    own = [f for f in traceback.extract_tb(error.__traceback__) if canonical.foreign(f.filename)]
     place = f", at {own[-1].filename}:{own[-1].lineno}: `{own[-1].line}`" if own else ""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}{place}"
 
 
-def _batch_dims(
-    signature: Signature, inputs: list[Tensor], given: Mapping[str, int | None]
-) -> tuple[int | None, ...]:
+def _batch_dims(signature: Signature, inputs: list[Tensor], given: Mapping[str, int | None]) -> tuple[int | None, ...]:
     """The batch dim of every input: as given, else 0 where the leading size is the batch's."""
-    unknown = set(given) - set(signature.names)
-    if unknown:
-        raise ArgumentError("batch_dims", found=sorted(unknown), expected=f"names among {list(signature.names)}")
-    sizes = [t.shape[given.get(n) or 0] for n, t in zip(signature.names, inputs, strict=True) if given.get(n, 0) is not None and t.dim()]
+    ranks = {name: t.dim() for name, t in zip(signature.names, inputs, strict=True)}
+    for name, dim in given.items():
+        if name not in ranks:
+            raise ArgumentError("batch_dims", found=repr(name), expected=f"names among {list(signature.names)}")
+        if dim is not None and not 0 <= dim < ranks[name]:
+            expected = f"a dim of an input with {ranks[name]} dims"
+            raise ArgumentError(f"batch_dims[{name!r}]", found=dim, expected=expected)
+    dims = [given.get(name, 0 if rank else None) for name, rank in ranks.items()]
+    sizes = [t.shape[d] for t, d in zip(inputs, dims, strict=True) if d is not None]
     if not sizes:
-        raise ArgumentError("example_inputs", found="no input with a batch dim", expected="at least one")
-    batch = sizes[0]
-    dims: list[int | None] = []
-    for name, tensor in zip(signature.names, inputs, strict=True):
-        if name in given:
-            dims.append(given[name])
-        else:
-            dims.append(0 if tensor.dim() and tensor.shape[0] == batch else None)
-    return tuple(dims)
+        raise ArgumentError("example_inputs", found="no input with a batch", expected="one")
+    if sizes[0] == 0:
+        raise ArgumentError("example_inputs", found="an empty batch", expected="samples")
+    return tuple(
+        None if dim is not None and name not in given and tensor.shape[dim] != sizes[0] else dim
+        for name, dim, tensor in zip(ranks, dims, inputs, strict=True)
+    )
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # whatever the model's own state raises
+        raise CaptureError(
+            f"the model cannot be copied: {_reason(error)}; pass inplace=True to convert it itself"
+        ) from error
 
 
 def _forget_cache(root: nn.Module) -> None:
-    """A generation cache is no output of a classifier: switch it off on the copy (Hugging Face `use_cache`)."""
+    """A generation cache is no output of a classifier: switch it off (Hugging Face `use_cache`)."""
     config = getattr(root, "config", None)
     if getattr(config, "use_cache", False):
         config.use_cache = False  # type: ignore[union-attr]

@@ -1,11 +1,15 @@
-"""Bring an exported graph into canonical form: functional, mode-aware, free of guards and of baked devices."""
+"""Bring an exported graph into canonical form: flat, free of guards, contexts and baked devices."""
 
-from collections.abc import Callable, Iterable
+import functools
+import itertools
+import operator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
+from torch._ops import HigherOrderOperator
 
 from dyncompile.errors import CaptureError
 
@@ -23,6 +27,8 @@ _GUARDS = {
 def copy_graph(exported: fx.GraphModule, constants: dict[str, Tensor], known: set[str]) -> fx.Graph:
     """Copy an export's graph, with flat placeholders and a flat output, to a graph of our own.
 
+    Regions under `torch.no_grad` are inlined, their results detached.
+
     Args:
         exported: `ExportedProgram.module()`.
         constants: Filled with the tensors that export lifted, under the names that the new graph
@@ -30,323 +36,101 @@ def copy_graph(exported: fx.GraphModule, constants: dict[str, Tensor], known: se
         known: Names of the model's own parameters and buffers.
 
     Returns:
-        A graph that no module owns; its output is a tuple of leaves.
+        A graph that no module owns; its output is a tuple of leaves. Each node's `meta` has
+        `stack_trace`, `path` (of the modules it came from, outermost first), `dtype`, and
+        `storage`, which is equal for values that share memory.
+
+    Raises:
+        CaptureError: The model enters `torch.autocast`, or branches on data.
     """
     graph = fx.Graph()
-    mapping: dict[fx.Node, Any] = {}
-    for node in exported.graph.nodes:
-        if node.op == "output":
-            leaves = node.args[0]
-            graph.output(fx.map_arg(tuple(leaves), lambda n: mapping[n]))
-        elif node.op == "call_module" or node.target in _GUARDS:
-            continue  # the export's own guard functions
-        elif node.op == "placeholder" and not isinstance(node.meta.get("val"), Tensor):
-            continue  # an argument that is no tensor: its value is baked in
-        else:
-            new = graph.node_copy(node, lambda n: mapping[n])
-            new.meta = {"stack_trace": node.meta.get("stack_trace"), "path": _path(node)}
-            if node.op == "get_attr" and node.target not in known:
-                name = f"_constants.{str(node.target).replace('.', '_')}"
-                constants[name] = _attribute(exported, str(node.target))
-                new.target = name
-            mapping[node] = new
+    graph.output(tuple(_copy_nodes(exported, graph, {}, constants, known)))
     return graph
 
 
-def _path(node: fx.Node) -> tuple[str, ...]:
-    """Paths of the modules that a node came from, outermost first."""
-    stack = (node.meta.get("nn_module_stack") or {}).values()
-    return tuple(str(path).split("@")[0] for path, _ in stack if path)
-
-
-def _attribute(module: nn.Module, path: str) -> Tensor:
-    value: Any = module
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value  # type: ignore[no-any-return]
-
-
-# --- in-place operations -------------------------------------------------------------------------
-
-_INVERSE_VIEWS: dict[Any, Callable[..., Any]] = {
-    aten.slice.Tensor: lambda g, base, new, *a: g.call_function(
-        aten.slice_scatter.default, (base, new, *a)
-    ),
-    aten.select.int: lambda g, base, new, *a: g.call_function(
-        aten.select_scatter.default, (base, new, *a)
-    ),
-    aten.diagonal.default: lambda g, base, new, *a: g.call_function(
-        aten.diagonal_scatter.default, (base, new, *a)
-    ),
-    aten.transpose.int: lambda g, base, new, a, b: g.call_function(aten.transpose.int, (new, a, b)),
-    aten.t.default: lambda g, base, new: g.call_function(aten.t.default, (new,)),
-    aten.permute.default: lambda g, base, new, dims: g.call_function(
-        aten.permute.default, (new, [list(dims).index(i) for i in range(len(dims))])
-    ),
-    aten.unsqueeze.default: lambda g, base, new, dim: g.call_function(aten.squeeze.dim, (new, dim)),
-    **dict.fromkeys(
-        (
-            aten.view.default,
-            aten.reshape.default,
-            aten._unsafe_view.default,
-            aten.flatten.using_ints,
-            aten.unflatten.int,
-            aten.squeeze.dim,
-            aten.squeeze.default,
-        ),
-        lambda g, base, new, *a: g.call_function(aten.view_as.default, (new, base)),
-    ),
-    **dict.fromkeys(
-        (aten.alias.default, aten.detach.default, aten.contiguous.default, aten.view_as.default),
-        lambda g, base, new, *a: new,
-    ),
-}
-
-
-def functionalise(graph: fx.Graph, mutating: set[fx.Node]) -> None:
-    """Replace operations that overwrite their input by ones that return a new value.
-
-    Sinking reorders nodes, so a value that another region reads must never change under it. Every
-    later reader of the overwritten value, and of what it is a view of, reads the new value instead.
-
-    Args:
-        graph: The graph, changed in place.
-        mutating: `call_module` nodes whose layer is `inplace=True`.
-
-    Raises:
-        CaptureError: A view is overwritten whose base cannot be rebuilt.
-    """
-    for node in list(graph.nodes):
-        if node in mutating:
-            _publish(graph, node, node.args[0], node)
-        elif isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-            _replace_mutable(graph, node)
-
-
-def _replace_mutable(graph: fx.Graph, node: fx.Node) -> None:
-    schema = node.target._schema
-    written = [
-        i for i, arg in enumerate(schema.arguments) if arg.alias_info and arg.alias_info.is_write
-    ]
-    if node.target is aten.batch_norm.default or written != [0]:
-        return  # statistics, not activations
-    target = node.args[0]
-    functional = _functional(node.target)
-    if functional is None:
-        raise CaptureError(
-            f"the in-place operation `{node.target}` has no functional form{where(node)}"
-        )
-    with graph.inserting_before(node):
-        new = graph.call_function(functional, node.args, node.kwargs)
-    new.meta["stack_trace"] = node.meta.get("stack_trace")
-    node.replace_all_uses_with(new)
-    _publish(graph, node, target, new)
-    graph.erase_node(node)
-
-
-def _functional(op: torch._ops.OpOverload) -> Callable[..., Any] | None:
-    name = op._schema.name.removeprefix("aten::")
-    special = {"zero_": aten.zeros_like.default, "copy_": overwrite, "fill_": overwrite}
-    if name in special:
-        return special[name]
-    packet = getattr(aten, name.removesuffix("_"), None)
-    overload = getattr(packet, op._overloadname, None) if packet else None
-    return overload  # type: ignore[no-any-return]
-
-
-def overwrite(target: Tensor, source: Tensor | float, non_blocking: bool = False) -> Tensor:
-    """What `target.copy_(source)` or `target.fill_(source)` leaves in `target`."""
-    if not isinstance(source, Tensor):
-        return torch.full_like(target, source)
-    return source.to(target.dtype).expand_as(target)
-
-
-def _publish(graph: fx.Graph, after: fx.Node, old: Any, new: fx.Node) -> None:
-    """Make every node after `after` that reads `old`, or what `old` is a view of, read the new value."""
-    position = {node: i for i, node in enumerate(graph.nodes)}
-    start = position[after]
-    cursor = new
-    while isinstance(old, fx.Node):
-        base = old.args[0] if _is_view(old) else None
-        _reread(graph, old, cursor, position, start)
-        for sibling in list(old.users):
-            if _is_view(sibling) and sibling is not cursor and position.get(sibling, -1) < start:
-                _refresh_view(graph, sibling, cursor, after, position, start)
-        if base is None:
-            return
-        if not any(position.get(user, -1) > start for user in _readers(base, old)):
-            return
-        inverse = _INVERSE_VIEWS.get(old.target)
-        if inverse is None:
-            raise CaptureError(
-                f"an in-place operation writes through the view `{old.target}`, whose base cannot be "
-                f"rebuilt{where(after)}; write it out of place"
-            )
-        with graph.inserting_after(cursor):
-            cursor = inverse(graph, base, cursor, *old.args[1:])
-        old = base
-
-
-def _readers(base: Any, view: fx.Node) -> Iterable[fx.Node]:
-    """Nodes that read `base`, directly or through another view of it, and what `base` itself is a view of."""
-    seen: set[fx.Node] = set()
-    queue = [base]
-    while queue:
-        node = queue.pop()
-        if not isinstance(node, fx.Node) or node in seen:
-            continue
-        seen.add(node)
-        yield from node.users
-        queue.extend(user for user in node.users if _is_view(user) and user is not view)
-        if _is_view(node):
-            queue.append(node.args[0])
-
-
-def _reread(
-    graph: fx.Graph, old: fx.Node, new: fx.Node, position: dict[fx.Node, int], start: int
-) -> None:
-    for user in list(old.users):
-        if user is not new and position.get(user, -1) > start:
-            user.replace_input_with(old, new)
-
-
-def _refresh_view(
+def _copy_nodes(
+    module: fx.GraphModule,
     graph: fx.Graph,
-    view: fx.Node,
-    base: fx.Node,
-    after: fx.Node,
-    position: dict[fx.Node, int],
-    start: int,
-) -> None:
-    """A view taken before the write shows the new value to whoever reads it afterwards."""
-    if not any(position.get(user, -1) > start for user in _readers(view, view)):
-        return
-    with graph.inserting_after(base):
-        fresh = graph.node_copy(view, lambda n: base if n is view.args[0] else n)
-    _reread(graph, view, fresh, position, start)
-    for deeper in list(view.users):
-        if _is_view(deeper) and position.get(deeper, -1) < start:
-            _refresh_view(graph, deeper, fresh, after, position, start)
-
-
-def _is_view(node: Any) -> bool:
-    if not isinstance(node, fx.Node) or not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    returns = node.target._schema.returns
-    first = node.target._schema.arguments[:1]
-    if node.target in (aten.reshape.default, aten.contiguous.default, aten.flatten.using_ints):
-        return True
-    aliased = bool(returns and first and returns[0].alias_info and first[0].alias_info)
-    return aliased and not node.target._schema.is_mutable
-
-
-# --- operations whose training flag export froze -------------------------------------------------
-
-
-class Dropout(nn.Module):
-    """A functional dropout that follows the module's mode; its probability is an argument."""
-
-    def __init__(self, operation: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.operation = operation
-
-    def forward(self, x: Tensor, p: float) -> Tensor:
-        return self.operation(x, p, True) if self.training else x
-
-
-class Attention(nn.Module):
-    """`scaled_dot_product_attention` with dropout in training mode only."""
-
-    def __init__(self, dropout: float) -> None:
-        super().__init__()
-        self.dropout = dropout
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None = None,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        return nn.functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            mask,
-            self.dropout if self.training else 0.0,
-            is_causal,
-            scale=scale,
-            enable_gqa=enable_gqa,
-        )
-
-
-class BatchNorm(nn.Module):
-    """A functional batch norm that uses the batch's statistics in training mode only."""
-
-    def forward(
-        self,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor | None,
-        variance: Tensor | None,
-        training: bool,
-        momentum: float,
-        eps: float,
-        cudnn: bool,
-    ) -> Tensor:
-        training = self.training or mean is None
-        return nn.functional.batch_norm(x, mean, variance, weight, bias, training, momentum, eps)
-
-
-_DROPOUTS = {
-    aten.dropout.default: torch.dropout,
-    aten.feature_dropout.default: torch.feature_dropout,
-    aten.alpha_dropout.default: torch.alpha_dropout,
-    aten.feature_alpha_dropout.default: torch.feature_alpha_dropout,
-}
-
-
-def follow_mode(graph: fx.Graph) -> dict[str, nn.Module]:
-    """Wrap what reads a training flag that export made constant, so that `train()` and `eval()` reach it.
-
-    Args:
-        graph: A graph exported in training mode, changed in place.
-
-    Returns:
-        The parameterless modules to add to the root, by path.
-    """
-    added: dict[str, nn.Module] = {}
-    for node in list(graph.nodes):
-        if node.target in _DROPOUTS and node.args[2]:
-            module: nn.Module = Dropout(_DROPOUTS[node.target])
-            args = node.args[:2]
-            kwargs: dict[str, Any] = {}
-        elif node.target is aten.scaled_dot_product_attention.default and _dropout_of(node) > 0:
-            module = Attention(_dropout_of(node))
-            args = (*node.args[:4], *node.args[5:])
-            kwargs = {k: v for k, v in node.kwargs.items() if k != "dropout_p"}
-            if "attn_mask" in kwargs:
-                kwargs["mask"] = kwargs.pop("attn_mask")
-        elif node.target is aten.batch_norm.default and node.args[5]:
-            module, args, kwargs = BatchNorm(), node.args, {}
+    mapping: dict[fx.Node, Any],
+    constants: dict[str, Tensor],
+    known: set[str],
+) -> Any:
+    """Copy the nodes of a module that may be nested in another; return its output."""
+    regions: dict[fx.Node, fx.GraphModule] = {}
+    for node in module.graph.nodes:
+        if node.op == "output":
+            return fx.map_arg(node.args[0], lambda n: mapping[n])
+        if node.op == "call_module" or node.target in _GUARDS or node in mapping:
+            continue  # the export's own guards, or an input of a nested region
+        if isinstance(node.target, HigherOrderOperator):
+            mapping[node] = _inline(node, regions, graph, mapping, constants, known)
+        elif node.target is operator.getitem and isinstance(mapping[node.args[0]], tuple | list):
+            mapping[node] = mapping[node.args[0]][node.args[1]]
+        elif node.op == "get_attr" and isinstance(_attribute(module, node.target), fx.GraphModule):
+            regions[node] = _attribute(module, node.target)
         else:
-            continue
-        path = f"_modes.{len(added)}"
-        added[path] = module
-        with graph.inserting_before(node):
-            new = graph.create_node("call_module", path, args, kwargs)
-        new.meta["stack_trace"] = node.meta.get("stack_trace")
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
-    return added
+            new = graph.node_copy(node, lambda n: mapping[n])
+            new.meta = _provenance(node)
+            if node.op == "get_attr" and node.target not in known:
+                name = f"_constants.{str(node.target).replace('.', '_')}"
+                constants[name] = _attribute(module, node.target)
+                new.target = name
+            mapping[node] = new
+    return None
 
 
-def _dropout_of(node: fx.Node) -> float:
-    return float(node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0))
+def _inline(
+    node: fx.Node,
+    regions: dict[fx.Node, fx.GraphModule],
+    graph: fx.Graph,
+    mapping: dict[fx.Node, Any],
+    constants: dict[str, Tensor],
+    known: set[str],
+) -> Any:
+    """Inline a region that export made for a context manager."""
+    name = node.target.name()  # type: ignore[union-attr]
+    grad, autocast = name == "wrap_with_set_grad_enabled", name == "wrap_with_autocast"
+    if not grad and not (autocast and node.args[2] is False):
+        advice = "cast outside of it" if autocast else "data-dependent control flow is not supported"
+        raise CaptureError(f"the model uses `{name}`{where(node)}; {advice}")
+    start = next(i for i, arg in enumerate(node.args) if arg in regions)
+    region = regions[node.args[start]]  # type: ignore[index]
+    inputs = [n for n in region.graph.nodes if n.op == "placeholder"]
+    values = [mapping[n] for n in node.args[start + 1 :]]  # type: ignore[index]
+    inner = dict(zip(inputs, values, strict=True))
+    outputs = _copy_nodes(region, graph, inner, constants, known)
+    if not grad or node.args[0] is True:
+        return outputs
+    return pytree.tree_map_only(fx.Node, lambda n: _detached(graph, n), outputs)
+
+
+def _detached(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    new = graph.call_function(aten.detach.default, (node,))
+    new.meta = dict(node.meta)
+    return new
+
+
+def _provenance(node: fx.Node) -> dict[str, Any]:
+    stack = (node.meta.get("nn_module_stack") or {}).values()
+    value = node.meta.get("val")
+    return {
+        "stack_trace": node.meta.get("stack_trace"),
+        "path": tuple(str(path).split("@")[0] for path, _ in stack if path),
+        "dtype": getattr(value, "dtype", None),
+        "storage": storage(value),
+    }
+
+
+def storage(value: Any) -> int | None:
+    """Identity of the memory behind a tensor, or behind the first of several."""
+    leaves = pytree.tree_leaves(value)
+    if not leaves or not isinstance(leaves[0], Tensor):
+        return None
+    return int(leaves[0].untyped_storage()._cdata)
+
+
+def _attribute(module: Any, path: Any) -> Any:
+    return functools.reduce(getattr, str(path).split("."), module)
 
 
 # --- clean-up ------------------------------------------------------------------------------------
@@ -384,29 +168,37 @@ _CASTS = {
 }
 
 
-def drop_noops(graph: fx.Graph, metadata: dict[fx.Node, tuple[Any, ...]]) -> None:
+def drop_noops(graph: fx.Graph) -> None:
     """Remove casts that change neither dtype nor device, and whatever nobody reads.
 
     Args:
-        graph: The graph, changed in place.
-        metadata: dtype and shape of tensor-valued nodes.
+        graph: The graph with its shapes propagated, changed in place.
     """
     for node in list(graph.nodes):
         source = node.args[0] if node.args else None
         if node.target in _CASTS and isinstance(source, fx.Node):
-            if metadata.get(node) is not None and metadata.get(node) == metadata.get(source):
+            found = node.meta.get("spec")
+            if found is not None and found == source.meta.get("spec"):
                 node.replace_all_uses_with(source)
                 graph.erase_node(node)
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
 
 
+# --- where a node came from ----------------------------------------------------------------------
+
+_PACKAGES = tuple(str(path) for path in (Path(torch.__file__).parent, Path(__file__).resolve().parents[1]))
+
+
+def foreign(filename: str) -> bool:
+    """Whether a file of code is neither torch's nor our own: the user's, or a model library's."""
+    return not filename.startswith((*_PACKAGES, "<"))
+
+
 def where(node: fx.Node) -> str:
-    """The line of the model's code that made a node, as the end of a sentence; empty if it is not known."""
-    trace = node.meta.get("stack_trace") or ""
-    lines = [line.strip() for line in trace.strip().splitlines() if line.strip()]
-    files = [i for i, line in enumerate(lines) if line.startswith("File ")]
-    if not files:
-        return ""
-    last = files[-1]
-    code = lines[last + 1] if last + 1 < len(lines) else ""
-    return f", at {lines[last]}: `{code}`"
+    """The line of the model's code that made a node, as the end of a sentence; empty if unknown."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    frames = [
+        (place.split('"')[1], place, code) for place, code in itertools.pairwise(lines) if place.startswith('File "')
+    ]
+    own = [frame for frame in frames if foreign(frame[0])] or frames
+    return f", at {own[-1][1]}: `{own[-1][2]}`" if own else ""

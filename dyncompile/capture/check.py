@@ -5,21 +5,27 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from dyncompile.capture.signature import named_leaves
+from dyncompile.capture.signature import Signature, named_leaves
 from dyncompile.errors import CaptureError
-from dyncompile.graph import Graph, Spec, mixed
+from dyncompile.graph import Graph
+from dyncompile.shapes import Spec, mixed
 
-# Largest error allowed, relative to the largest output: the same operations in another order of accumulation.
+# Largest error allowed, relative to the largest output: the same operations in another order.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+Run = tuple[bool, tuple[Tensor, ...], int, list[Any]]
+"""Training mode or not, inputs, their batch size, and the leaves of the output."""
 
 
 @contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:
     """Modes, buffers and random state are afterwards what they were."""
     modes = {m: m.training for m in module.modules()}
-    buffers = [(b, b.detach().clone()) for b in module.buffers()]
+    buffers = [(m, name, b) for m in modes for name, b in m._buffers.items()]
+    values = [None if b is None else b.detach().clone() for _, _, b in buffers]
     try:
         with torch.random.fork_rng(devices=_cuda_devices(module)):
             yield
@@ -27,29 +33,49 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
         for m, training in modes.items():
             m.training = training
         with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+            for (m, name, buffer), value in zip(buffers, values, strict=True):
+                m._buffers[name] = buffer
+                if buffer is not None and value is not None and not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
 def _cuda_devices(module: nn.Module) -> list[torch.device]:
-    return sorted({p.device for p in module.parameters() if p.device.type == "cuda"}, key=str)
+    tensors = (*module.parameters(), *module.buffers())
+    return sorted({t.device for t in tensors if t.device.type == "cuda"}, key=str)
 
 
-def resize(inputs: tuple[Tensor, ...], batch_dims: tuple[int | None, ...], batch: int) -> tuple[Tensor, ...]:
-    """Inputs of another batch size: rows are repeated, and floating ones disturbed so that no two are equal."""
-    generator = torch.Generator().manual_seed(batch)
+def fresh(inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Copies of inputs, for a model that may write to them."""
+    return [t.clone() for t in inputs]
+
+
+def resize(
+    inputs: tuple[Tensor, ...], batch_dims: tuple[int | None, ...], batch: int, seed: int = 0
+) -> tuple[Tensor, ...]:
+    """Inputs of another batch size: rows are repeated, and disturbed so that no two are equal.
+
+    Floating ones get noise; of the others a repeated row is rolled along its last dim.
+    """
+    generator = torch.Generator().manual_seed(batch + 100 * seed)
     sized = []
     for tensor, dim in zip(inputs, batch_dims, strict=True):
         if dim is None:
             sized.append(tensor)
             continue
-        rows = torch.arange(batch, device=tensor.device) % tensor.shape[dim]
-        repeated = tensor.detach().index_select(dim, rows)
-        if repeated.is_floating_point() and repeated.numel():
+        count = tensor.shape[dim]
+        rows = tensor.detach().split(1, dim)
+        repeated = [
+            rows[i % count]
+            if i < count or tensor.dim() < 2 or dim == tensor.dim() - 1
+            else rows[i % count].roll(i // count + seed, -1)
+            for i in range(batch)
+        ]
+        joined = torch.cat(repeated, dim)
+        if joined.is_floating_point() and joined.numel():
             scale = float(tensor.detach().float().std(unbiased=False)) or 1.0
-            noise = torch.randn(repeated.shape, generator=generator) * 0.1 * scale
-            repeated = repeated + noise.to(repeated)
-        sized.append(repeated)
+            noise = torch.randn(joined.shape, generator=generator) * 0.1 * scale
+            joined = joined + noise.to(joined)
+        sized.append(joined)
     return tuple(sized)
 
 
@@ -66,51 +92,64 @@ def same(actual: Any, expected: Any, slack: float = 1.0) -> bool:
     return torch.allclose(actual, expected, rtol=0.0, atol=bound, equal_nan=True)
 
 
-def check(graph: Graph, model: nn.Module) -> None:
-    """Compare a capture with its model in both modes and at two batch sizes, and its samples with each other.
+def expect(
+    model: nn.Module,
+    signature: Signature,
+    inputs: tuple[Tensor, ...],
+    batch_dims: tuple[int | None, ...],
+    *,
+    training: bool,
+) -> list[Run]:
+    """What the model itself returns, for `check`: at two batch sizes, in eval and training mode.
+
+    Raises:
+        CaptureError: The output has other leaves than the example's.
+    """
+    runs: list[Run] = []
+    for mode in (False, True) if training else (False,):
+        for batch in (3, 2):
+            sized = resize(inputs, batch_dims, batch)
+            args, kwargs = signature.call_arguments(fresh(sized))
+            with undisturbed(model):
+                model.train(mode)
+                torch.manual_seed(0)
+                leaves = named_leaves(model(*args, **kwargs))
+            names = tuple(name for name, _ in leaves)
+            if names != signature.output_names:
+                raise CaptureError(
+                    f"the model returns {list(signature.output_names)} in training mode and {list(names)} in eval mode"
+                )
+            values = [v.detach() if isinstance(v, Tensor) else v for _, v in leaves]
+            runs.append((mode, sized, batch, values))
+    return runs
+
+
+def check(graph: Graph, expected: list[Run]) -> None:
+    """Compare a capture with its model, and its samples with each other.
 
     Args:
         graph: The capture, propagated.
-        model: The model that was captured; may share modules with the graph's root.
+        expected: What `expect` noted.
 
     Raises:
         CaptureError: Some output differs.
         MixedSamplesError: A sample's output depends on its neighbours.
     """
-    for training in (False, True) if graph.mode == "train" else (False,):
-        for batch in (3, 2):
-            inputs = resize(graph.inputs, graph.batch_dims, batch)
-            expected, actual = _both(graph, model, inputs, training)
-            for name, a, b in zip(graph.signature.output_names, actual, expected, strict=True):
-                if not same(a, b):
-                    raise CaptureError(
-                        f"the captured graph's `{name}` differs from the model's in "
-                        f"{'training' if training else 'eval'} mode at batch size {batch}"
-                    )
+    for training, inputs, batch, leaves in expected:
+        with undisturbed(graph.root):
+            graph.root.train(training)
+            torch.manual_seed(0)
+            actual = graph.run(inputs)
+        for name, a, b in zip(graph.signature.output_names, actual, leaves, strict=True):
+            if not same(a, b):
+                raise CaptureError(
+                    f"the captured graph's `{name}` differs from the model's in "
+                    f"{'training' if training else 'eval'} mode at batch size {batch}"
+                )
     mark_rows(graph)
     for leaf in graph.output.all_input_nodes:
         if not leaf.meta["sliceable"]:
             raise _culprit(graph, leaf)
-
-
-def _both(
-    graph: Graph, model: nn.Module, inputs: tuple[Tensor, ...], training: bool
-) -> tuple[list[Any], list[Any]]:
-    results = []
-    for run in (lambda: _call(graph, model, inputs), lambda: list(graph.run(inputs))):
-        with undisturbed(model), undisturbed(graph.root):
-            model.train(training)
-            graph.root.train(training)
-            torch.manual_seed(0)
-            results.append(run())
-    return results[0], results[1]
-
-
-def _call(graph: Graph, model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Any]:
-    """The model's own leaves, those that the graph has (a generation cache may have been switched off)."""
-    args, kwargs = graph.signature.call_arguments(list(inputs))
-    leaves = dict(named_leaves(model(*args, **kwargs)))
-    return [leaves[name] for name in graph.signature.output_names]
 
 
 class _Recorder(fx.Interpreter):
@@ -126,38 +165,69 @@ class _Recorder(fx.Interpreter):
 
 
 def mark_rows(graph: Graph) -> None:
-    """Run three samples together and the middle one alone; note which values are *rows*: entry i of sample i.
+    """Note which values are *rows*: entry i belongs to sample i and depends on it alone.
 
-    A value that is laid out differently (positions, samples not outermost within the batch dim) is no rows: lowering
-    may use it but not gather it.
+    Three samples run together, again with other neighbours of the middle one, and the middle one
+    alone. A value that is laid out differently (positions, samples not outermost within the batch
+    dim) is no rows: lowering may use it but not gather it.
     """
     together = resize(graph.inputs, graph.batch_dims, 3)
-    alone = tuple(
-        t if dim is None else t.narrow(dim, 1, 1)
-        for t, dim in zip(together, graph.batch_dims, strict=True)
-    )
-    recorders = []
-    for inputs in (together, alone):
-        with undisturbed(graph.root), torch.no_grad():
-            graph.root.eval()
-            recorder = _Recorder(graph)
-            recorder.run(*inputs)
-        recorders.append(recorder.values)
+    others = resize(graph.inputs, graph.batch_dims, 3, seed=1)
+    middle = [_entry(t, dim, 1) for t, dim in zip(together, graph.batch_dims, strict=True)]
+    disturbed = [
+        t if dim is None else torch.cat([_entry(o, dim, 0), m, _entry(o, dim, 2)], dim)
+        for t, o, m, dim in zip(together, others, middle, graph.batch_dims, strict=True)
+    ]
+    first, second, alone = (_record(graph, run) for run in (together, disturbed, middle))
     for node in graph.fx.nodes:
-        node.meta["sliceable"] = _sliceable(node, recorders[0][node], recorders[1][node])
+        # The same kernels on the same row give the same bits, or nearly; another batch size may not.
+        node.meta["sliceable"] = _agree(node, first, second, rows=True, slack=0.01) and _agree(
+            node, first, alone, rows=False, slack=5.0
+        )
 
 
-def _sliceable(node: fx.Node, many: Any, one: Any) -> bool:
-    found = node.meta.get("spec")
-    if not isinstance(found, Spec):
+def _entry(tensor: Tensor, dim: int | None, index: int) -> Tensor:
+    return tensor if dim is None else tensor.narrow(dim, index, 1)
+
+
+def _record(graph: Graph, inputs: Any) -> dict[fx.Node, Any]:
+    with undisturbed(graph.root), torch.no_grad():
+        graph.root.eval()
+        recorder = _Recorder(graph)
+        recorder.run(*inputs)
+    return recorder.values
+
+
+def _agree(
+    node: fx.Node,
+    many: dict[fx.Node, Any],
+    other: dict[fx.Node, Any],
+    *,
+    rows: bool,
+    slack: float,
+) -> bool:
+    """Whether the middle sample's entries of a value are those of another run."""
+    specs, tree = pytree.tree_flatten(node.meta.get("spec"))
+    if not any(isinstance(found, Spec) for found in specs):
         return True
+    for found, a, b in zip(specs, tree.flatten_up_to(many[node]), tree.flatten_up_to(other[node]), strict=True):
+        if not isinstance(found, Spec):
+            continue
+        if not same(_rows(a, found), _rows(b, found) if rows else b, slack):
+            return False
+    return True
+
+
+def _rows(tensor: Tensor, found: Spec) -> Tensor:
+    """The middle sample's entries of a value that was computed for three."""
     if found.batch_dim is None:
-        return same(many, one, slack=5.0)
-    return same(many.narrow(found.batch_dim, found.rows, found.rows), one, slack=5.0)
+        return tensor
+    return tensor.narrow(found.batch_dim, found.rows, found.rows)
 
 
 def _culprit(graph: Graph, leaf: fx.Node) -> Exception:
     """The first node, on the way to a leaf that mixes, whose inputs were still rows."""
+    why = "its output for one sample changes with the other samples"
     ancestors: set[fx.Node] = set()
     queue = [leaf]
     while queue:
@@ -167,7 +237,8 @@ def _culprit(graph: Graph, leaf: fx.Node) -> Exception:
             queue.extend(node.all_input_nodes)
     for node in graph.fx.nodes:
         if node in ancestors and not node.meta["sliceable"]:
-            fresh = any(isinstance(i.meta.get("spec"), Spec) for i in node.all_input_nodes)
-            if fresh and all(i.meta["sliceable"] for i in node.all_input_nodes):
-                return mixed(node, "its output for one sample changes with the other samples")
-    return mixed(leaf, "its output for one sample changes with the other samples")
+            specs = [pytree.tree_leaves(i.meta.get("spec")) for i in node.all_input_nodes]
+            reads = any(isinstance(s, Spec) for found in specs for s in found)
+            if reads and all(i.meta["sliceable"] for i in node.all_input_nodes):
+                return mixed(node, why)
+    return mixed(leaf, why)

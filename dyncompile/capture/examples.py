@@ -15,13 +15,15 @@ def infer_inputs(model: nn.Module, given: Any) -> tuple[tuple[Any, ...], dict[st
 
     Args:
         model: The static model.
-        given: A tensor, a tuple or list of positional arguments, a mapping of keyword arguments, or None.
+        given: A tensor, a tuple or list of positional arguments, a mapping of keyword arguments, or
+            None.
 
     Returns:
         args, kwargs, and in words where they came from.
 
     Raises:
-        ArgumentError: Nothing was given and the model does not tell; the message shows the call to write.
+        ArgumentError: Nothing was given and the model does not tell; the message shows the call to
+            write.
     """
     if given is not None:
         if isinstance(given, Tensor):
@@ -30,7 +32,11 @@ def infer_inputs(model: nn.Module, given: Any) -> tuple[tuple[Any, ...], dict[st
             return tuple(given), {}, "given"
         if hasattr(given, "keys"):
             return (), {k: given[k] for k in given.keys()}, "given"  # noqa: SIM118
-        raise ArgumentError("example_inputs", found=type(given).__name__, expected=f"a tensor, tuple or dict: {_CALL}")
+        raise ArgumentError(
+            "example_inputs",
+            found=type(given).__name__,
+            expected=f"a tensor, tuple or dict: {_CALL}",
+        )
     parameter = next(model.parameters(), torch.zeros(()))
     where: dict[str, Any] = {"device": parameter.device}
     dtype = parameter.dtype if parameter.is_floating_point() else torch.get_default_dtype()
@@ -43,14 +49,18 @@ def infer_inputs(model: nn.Module, given: Any) -> tuple[tuple[Any, ...], dict[st
     if isinstance(dummy, dict) and dummy:
         kwargs = {k: v.to(parameter.device) for k, v in dummy.items() if isinstance(v, Tensor)}
         if model.__module__.startswith("transformers.") and "input_ids" in kwargs:
-            vocabulary = int(getattr(model.config, "vocab_size", 2))  # type: ignore[union-attr]
+            vocabulary = int(getattr(model.config, "vocab_size", 2))
             kwargs["input_ids"] = kwargs["input_ids"] % vocabulary
             kwargs["attention_mask"] = torch.ones_like(kwargs["input_ids"])
         return (), kwargs, f"Hugging Face dummy_inputs {sorted(kwargs)}"
     for name, layer in model.named_modules():
         tensor = _for_layer(layer, dtype, where)
         if tensor is not None:
-            return (tensor,), {}, f"first layer `{name or type(layer).__name__}`: {list(tensor.shape)}"
+            return (
+                (tensor,),
+                {},
+                f"first layer `{name or type(layer).__name__}`: {list(tensor.shape)}",
+            )
         if next(layer.parameters(recurse=False), None) is not None and layer is not model:
             break
     raise ArgumentError("example_inputs", found="None, and the model does not tell", expected=f"a call like {_CALL}")

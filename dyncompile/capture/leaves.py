@@ -1,11 +1,14 @@
 """Keep every layer one node: during export a layer is an opaque operator that remembers its module.
 
-Export inlines `nn.Linear` to `aten.linear` with its parameters as extra inputs. Passes and training want the layer
-itself back. So while the model is exported, the forward of each *leaf* calls one operator, `dyncompile::leaf`, whose
-shapes come from running the layer on fake tensors. Afterwards each such node becomes a `call_module` of the original
-module object. Layers with several outputs (LSTM, GRU) need no rule of their own.
+Export inlines `nn.Linear` to `aten.linear` with its parameters as extra inputs. Passes and training
+want the layer itself back. So while the model is exported, the forward of each *leaf* calls one
+operator, `dyncompile::leaf`, whose shapes come from running the layer on fake tensors. Afterwards
+each such node becomes a `call_module` of the original module object. Layers with several outputs
+(LSTM, GRU) need no rule of their own.
 """
 
+import collections
+import contextlib
 import dataclasses
 import functools
 import operator
@@ -16,6 +19,8 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
+
+from dyncompile.capture.canonical import storage
 
 # Concrete layers that own sub-modules or parametrizations only as an implementation detail.
 _CONTAINERS = (
@@ -54,7 +59,7 @@ class _Export:
     """The export under way: what the operator's fake kernel may look up."""
 
     modules: dict[str, nn.Module]
-    forwards: dict[str, Callable[..., Any]]
+    originals: dict[str, dict[str, Any]]
     calls: list[Call] = dataclasses.field(default_factory=list)
 
 
@@ -62,7 +67,7 @@ _current: list[_Export] = []
 
 
 @torch.library.custom_op("dyncompile::leaf", mutates_args=())
-def _leaf(tensors: list[Tensor], call: int) -> list[Tensor]:
+def _leaf(tensors: list[Tensor], call: int) -> list[Tensor]:  # noqa: ARG001 - the schema
     raise RuntimeError("dyncompile::leaf only stands for a layer while a model is exported")
 
 
@@ -76,21 +81,16 @@ def _(tensors: list[Tensor], call: int) -> list[Tensor]:
     def fake(tensor: Tensor) -> Tensor:
         return mode.from_tensor(tensor, static_shapes=True)  # type: ignore[no-any-return]
 
-    state = {
-        name: fake(tensor.detach())
-        for name, tensor in (*module.named_parameters(), *module.named_buffers())
-    }
+    state = {name: fake(tensor.detach()) for name, tensor in (*module.named_parameters(), *module.named_buffers())}
     leaves = _merge(record.constants, tensors)
     args, kwargs = pytree.tree_unflatten(leaves, record.spec)
-    with _forward_of(module, export.forwards[record.path]):
+    with _swapped(module, export.originals[record.path]):
         out = torch.func.functional_call(module, state, args, kwargs, strict=False)
     flat, record.output = pytree.tree_flatten(out)
     record.present = tuple(isinstance(leaf, Tensor) for leaf in flat)
-    # A custom operator may not return its input or a view of it (Identity, Flatten), so hand out fresh tensors.
+    # A custom operator may not return its input or a view of it, so hand out fresh tensors.
     return [
-        torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
-        for t in flat
-        if isinstance(t, Tensor)
+        torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in flat if isinstance(t, Tensor)
     ]
 
 
@@ -106,17 +106,21 @@ def _merge(constants: list[Any], tensors: list[Tensor]) -> list[Any]:
     return [next(queue) if leaf is _SLOT else leaf for leaf in constants]
 
 
+_HOOKS = ("forward", "_forward_hooks", "_forward_pre_hooks")
+
+
 @contextmanager
-def _forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    present = module.__dict__.pop("forward", None)
-    if forward is not None:
-        module.__dict__["forward"] = forward
+def _swapped(module: nn.Module, state: dict[str, Any]) -> Iterator[None]:
+    """Give a module's instance another `forward` and other hooks for a while."""
+    own = vars(module)
+    before = {name: own.pop(name) for name in _HOOKS if name in own}
+    own.update(state)
     try:
         yield
     finally:
-        module.__dict__.pop("forward", None)
-        if present is not None:
-            module.__dict__["forward"] = present
+        for name in _HOOKS:
+            own.pop(name, None)
+        own.update(before)
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -134,16 +138,16 @@ def leaves_of(root: nn.Module, run: Callable[[], object]) -> dict[str, bool]:
         run: Calls the model on example inputs.
 
     Returns:
-        Path of every leaf that is called with tensors and constants, returns tensors only, and is inside no other
-        leaf; the value says whether it overwrites its first input (`inplace=True`).
+        Path of every leaf that is called with tensors and constants, returns tensors only, and is
+        inside no other leaf; the value says whether it overwrites its first input (`inplace=True`).
     """
     found: dict[str, bool] = {}
     spoiled: set[str] = set()
     handles = []
     versions: dict[str, list[tuple[Tensor, int]]] = {}
 
-    def before(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    def before(path: str, _: nn.Module, args: Any, kwargs: Any) -> None:
+        tensors = tensors_of((args, kwargs))
         versions[path] = [(t, t._version) for t in tensors if not t.is_inference()]
         if not tensors or not _plain((args, kwargs)):
             spoiled.add(path)
@@ -155,7 +159,9 @@ def leaves_of(root: nn.Module, run: Callable[[], object]) -> dict[str, bool]:
         leaves = pytree.tree_leaves(output)
         if not leaves or not all(leaf is None or isinstance(leaf, Tensor) for leaf in leaves):
             spoiled.add(path)
-        if not any(isinstance(leaf, Tensor) for leaf in leaves):
+        if not any(isinstance(leaf, Tensor) for leaf in leaves) or (
+            not written and _returns_its_input(module, tensors_of((args, kwargs)), leaves)
+        ):
             spoiled.add(path)
         found[path] = found.get(path, False) or bool(written)
 
@@ -166,18 +172,32 @@ def leaves_of(root: nn.Module, run: Callable[[], object]) -> dict[str, bool]:
         if any(path.startswith(f"{outer}.") for outer in inside):
             continue
         inside.append(path)
-        handles.append(
-            module.register_forward_pre_hook(functools.partial(before, path), with_kwargs=True)
-        )
-        handles.append(
-            module.register_forward_hook(functools.partial(after, path), with_kwargs=True)
-        )
+        handles.append(module.register_forward_pre_hook(functools.partial(before, path), with_kwargs=True))
+        handles.append(module.register_forward_hook(functools.partial(after, path), with_kwargs=True))
     try:
         run()
     finally:
         for handle in handles:
             handle.remove()
     return {path: written for path, written in found.items() if path not in spoiled}
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    """The tensors among the leaves of a pytree."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _returns_its_input(module: nn.Module, inputs: list[Tensor], outputs: list[Any]) -> bool:
+    """Whether a layer only passes on or views its input (Identity, Flatten): its operations say more.
+
+    A dropout does so in evaluation, and a layer with hooks (beside ours) does what the hooks do.
+    """
+    if len(module._forward_hooks) > 1 or len(module._forward_pre_hooks) > 1:
+        return False
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return False
+    given = {storage(t) for t in inputs}
+    return any(storage(t) in given for t in outputs if isinstance(t, Tensor))
 
 
 def _plain(tree: Any) -> bool:
@@ -197,8 +217,10 @@ def opaque(root: nn.Module, leaves: dict[str, bool]) -> Iterator[list[Call]]:
         The record of every call; a node's second argument is an index into it.
     """
     modules = {path: root.get_submodule(path) for path in leaves}
-    forwards = {path: module.__dict__.get("forward") for path, module in modules.items()}
-    export = _Export(modules, forwards)  # type: ignore[arg-type]
+    originals = {
+        path: {name: vars(module)[name] for name in _HOOKS if name in vars(module)} for path, module in modules.items()
+    }
+    export = _Export(modules, originals)
 
     def enter(path: str, *args: Any, **kwargs: Any) -> Any:
         flat, spec = pytree.tree_flatten((args, kwargs))
@@ -208,21 +230,19 @@ def opaque(root: nn.Module, leaves: dict[str, bool]) -> Iterator[list[Call]]:
         export.calls.append(call)
         out = iter(_leaf(tensors, len(export.calls) - 1))
         assert call.output is not None
-        return pytree.tree_unflatten(
-            [next(out) if here else None for here in call.present], call.output
-        )
+        return pytree.tree_unflatten([next(out) if here else None for here in call.present], call.output)
 
     _current.append(export)
-    for path, module in modules.items():
-        module.__dict__["forward"] = functools.partial(enter, path)
     try:
-        yield export.calls
+        with contextlib.ExitStack() as stack:
+            for path, module in modules.items():
+                # Hooks belong to the layer: they run when the graph calls it, and are not traced.
+                own = {"forward": functools.partial(enter, path)}
+                empty: dict[str, Any] = {name: collections.OrderedDict() for name in _HOOKS[1:]}
+                stack.enter_context(_swapped(module, own | empty))
+            yield export.calls
     finally:
         _current.pop()
-        for path, module in modules.items():
-            module.__dict__.pop("forward", None)
-            if forwards[path] is not None:
-                module.__dict__["forward"] = forwards[path]
 
 
 def raise_leaves(graph: fx.Graph, calls: list[Call]) -> set[fx.Node]:
@@ -284,7 +304,3 @@ def _replace_outputs(graph: fx.Graph, raised: fx.Node, call: Call, values: dict[
                 visit(child, item)
 
     visit(tree, raised)
-
-
-
-

@@ -62,7 +62,8 @@ class Signature:
         """The tensors of a call, in the order of `names`.
 
         Raises:
-            ArgumentError: The call has another structure, or other constants, than the captured one.
+            ArgumentError: The call has another structure, or other constants, than the captured
+                one.
         """
         if self.single and not kwargs and len(args) == 1 and isinstance(args[0], Tensor):
             return [args[0]]
@@ -85,10 +86,7 @@ class Signature:
     def call_arguments(self, tensors: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments for the static model from flat tensors: the inverse of `flatten`."""
         queue = iter(tensors)
-        leaves = [
-            self.constants[i] if i in self.constants else next(queue)
-            for i in range(self.spec.num_leaves)
-        ]
+        leaves = [self.constants[i] if i in self.constants else next(queue) for i in range(self.spec.num_leaves)]
         values: dict[str, Any] = pytree.tree_unflatten(leaves, self.spec)
         bound = self.parameters.bind_partial()
         bound.arguments.update(values)
@@ -104,16 +102,15 @@ class Signature:
 
         Args:
             output: What the model returned.
-            prediction: Name of the leaf that is the prediction; None takes `logits`, else the only floating leaf.
+            prediction: Name of the leaf that is the prediction; None takes `logits`, else the only
+                floating leaf.
 
         Raises:
             ArgumentError: No leaf of that name, or several that could be meant.
         """
         named = named_leaves(output)
         names = tuple(name for name, _ in named)
-        floating = [
-            i for i, (_, v) in enumerate(named) if isinstance(v, Tensor) and v.is_floating_point()
-        ]
+        floating = [i for i, (_, v) in enumerate(named) if isinstance(v, Tensor) and v.is_floating_point()]
         if prediction is not None:
             chosen = [i for i in floating if names[i] == prediction]
         else:
@@ -129,9 +126,7 @@ class Signature:
     def only_prediction(self) -> "Signature":
         """The same signature for a model that returns its prediction alone."""
         name = self.output_names[self.prediction]
-        return dataclasses.replace(
-            self, output=pytree.tree_structure(0), output_names=(name,), prediction=0
-        )
+        return dataclasses.replace(self, output=pytree.tree_structure(0), output_names=(name,), prediction=0)
 
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
@@ -139,9 +134,7 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     return [(_name(path) or "output", leaf) for path, leaf in pytree.tree_flatten_with_path(tree)[0]]
 
 
-def _bind(
-    parameters: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
+def _bind(parameters: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     try:
         bound = parameters.bind(*args, **kwargs)
     except TypeError as error:

@@ -1,0 +1,194 @@
+"""Shape, batch dim and FLOPs of every node, found by running a graph on fake tensors."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from dyncompile.capture.canonical import where
+from dyncompile.capture.recurrent import RecurrentLayer
+from dyncompile.errors import MixedSamplesError
+
+_PROBES = (3, 5)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Spec:
+    """Shape of a tensor as a function of the batch size.
+
+    Attributes:
+        shape: Sizes for a batch of one.
+        dtype: Element type.
+        batch_dim: The dim that grows with the batch; None if none does.
+        rows: How many entries of that dim belong to one sample.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    batch_dim: int | None
+
+    @property
+    def rows(self) -> int:
+        """Entries of the batch dim that belong to one sample."""
+        return 1 if self.batch_dim is None else self.shape[self.batch_dim]
+
+    def at(self, batch: int) -> tuple[int, ...]:
+        """Sizes for a batch of `batch` samples."""
+        return tuple(s * batch if i == self.batch_dim else s for i, s in enumerate(self.shape))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Size:
+    """An integer as a function of the batch size: `slope * batch + offset`."""
+
+    slope: int
+    offset: int
+
+
+def spec(node: fx.Node) -> Spec:
+    """Shape of a node's single tensor."""
+    found = node.meta["spec"]
+    if not isinstance(found, Spec):
+        raise TypeError(f"{node.format_node()} is no single tensor")
+    return found
+
+
+def is_tensor(node: object) -> bool:
+    """Whether a node's value is a single tensor."""
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("spec"), Spec)
+
+
+def probe(root: nn.Module, graph: fx.Graph, inputs: Sequence[Tensor], batch_dims: Sequence[int | None]) -> None:
+    """Note `spec` and `flops` in the `meta` of every node that has none yet.
+
+    The graph runs in eval mode on fake tensors at two batch sizes: a dim that moves is a batch dim.
+
+    Args:
+        root: Owns what the nodes name.
+        graph: The nodes.
+        inputs: Example inputs.
+        batch_dims: For each input its batch dim, or None.
+
+    Raises:
+        MixedSamplesError: A size is not proportional to the batch.
+    """
+    modes = {module: module.training for module in root.modules()}
+    root.eval()
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            runs = []
+            for batch in _PROBES:
+                run = _Probe(root, graph, batch, count=batch == _PROBES[0])
+                run.run(*(_sized(t, d, batch) for t, d in zip(inputs, batch_dims, strict=True)))
+                runs.append(run)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    first, second = runs
+    for node in graph.nodes:
+        if "flops" not in node.meta:
+            node.meta["flops"] = first.flops[node] / first.batch
+            node.meta["spec"] = pytree.tree_map(
+                lambda a, b, node=node: _compare(node, a, b),
+                first.values[node],
+                second.values[node],
+                is_leaf=lambda value: value is None,
+            )
+
+
+def _sized(tensor: Tensor, dim: int | None, batch: int) -> Tensor:
+    shape = [batch if i == dim else size for i, size in enumerate(tensor.shape)]
+    return torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+
+
+class _Probe(fx.Interpreter):
+    """Runs the nodes that are new; the values of the others are made from what is known of them."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, batch: int, *, count: bool) -> None:
+        super().__init__(root, garbage_collect_values=False, graph=graph)
+        self.device = next((t.device for t in root.parameters()), torch.device("cpu"))
+        self.batch = batch
+        self.count = count
+        self.flops: dict[fx.Node, float] = {}
+        self.values: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.values[n] = self._known(n) if "flops" in n.meta else self._found(n)
+        return self.values[n]
+
+    def _known(self, n: fx.Node) -> Any:
+        known, tree = pytree.tree_flatten(n.meta["spec"])
+        if n.op in ("placeholder", "get_attr", "output") or None in known:
+            return super().run_node(n)
+        return tree.unflatten(
+            torch.empty(found.at(self.batch), dtype=found.dtype, device=self.device)
+            if isinstance(found, Spec)
+            else found.slope * self.batch + found.offset
+            for found in known
+        )
+
+    def _found(self, n: fx.Node) -> Any:
+        if not self.count:
+            return super().run_node(n)
+        with FlopCounterMode(display=False) as counter:
+            value = super().run_node(n)
+        self.flops[n] = counter.get_total_flops()
+        if n.op == "call_module":
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            recurrent = _recurrent_flops(self.fetch_attr(str(n.target)), args, value)
+            self.flops[n] = self.flops[n] if recurrent is None else recurrent
+        return value
+
+
+def _recurrent_flops(module: nn.Module | None, args: tuple[Any, ...], value: Any) -> int | None:
+    """FLOPs of a recurrent layer, of whose kernels `torch.utils.flop_counter` knows some and not others.
+
+    Its products, once a step: two a weight.
+    """
+    if isinstance(module, nn.RNNBase):
+        weights = list(module.parameters())
+    elif isinstance(module, RecurrentLayer):
+        weights = list(args[2:])
+    else:
+        return None
+    sequence = value[0]
+    sequence = sequence.data if isinstance(sequence, nn.utils.rnn.PackedSequence) else sequence
+    steps = math.prod(sequence.shape[:-1])
+    return 2 * steps * sum(w.numel() for w in weights if w.dim() == 2)
+
+
+def _compare(node: fx.Node, first: Any, second: Any) -> Any:
+    small, large = _PROBES
+    if isinstance(first, Tensor):
+        moved = [i for i, (a, b) in enumerate(zip(first.shape, second.shape, strict=True)) if a != b]
+        if not moved:
+            return Spec(tuple(first.shape), first.dtype, None)
+        dim = moved[0]
+        if len(moved) > 1 or first.shape[dim] * large != second.shape[dim] * small or first.shape[dim] % small:
+            raise mixed(
+                node,
+                f"its shape is {list(first.shape)} for {small} samples and {list(second.shape)} for {large}",
+            )
+        shape = list(first.shape)
+        shape[dim] //= small
+        return Spec(tuple(shape), first.dtype, dim)
+    if isinstance(first, int) and not isinstance(first, bool):
+        slope = (second - first) // (large - small)
+        return Size(slope, first - slope * small)
+    return None
+
+
+def mixed(node: fx.Node, why: str) -> MixedSamplesError:
+    """The error for a node that mixes the samples of a batch."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target)
+    return MixedSamplesError(
+        f"`{name}` ({node.name}) mixes the samples of a batch: {why}{where(node)}; "
+        "a part of a batch can be run only if each sample's output depends on that sample alone "
+        "(where the batch is not dim 0 of an input, pass batch_dims)"
+    )

@@ -1,6 +1,7 @@
 """Errors for the user: which argument, what was found, what would do."""
 
 import importlib
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -23,6 +24,11 @@ class ArgumentError(DyncompileError, ValueError):
         self.found = found
         self.expected = expected
         super().__init__(f"`{argument}`: found {found}; expected {expected}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Survive the way back from a DataLoader's worker."""
+        rebuild = partial(type(self), found=str(self.found), expected=self.expected)
+        return rebuild, (self.argument,)
 
 
 class DataError(ArgumentError):

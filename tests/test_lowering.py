@@ -114,6 +114,16 @@ def test_rows_of_a_mixed_batch(dyn: dc.DynamicModule, device: torch.device) -> N
     assert fast.last_run == {"always": 20, "not exit0": 10, "not exit0 & not exit1": 5}
 
 
+def test_buckets_fill_parts_and_change_nothing(dyn: dc.DynamicModule, device: torch.device) -> None:
+    fast = dc.lower(dyn, backend="eager", buckets=(8, 16))
+    x = torch.randn(20, 3, 12, 12, device=device)
+    with torch.no_grad(), forced(dyn, [0.5, 0.25], seed=2), forced(fast, [0.5, 0.25], seed=2), Counting() as counted:
+        out = fast(x)
+    with torch.no_grad(), forced(dyn, [0.5, 0.25], seed=2):
+        torch.testing.assert_close(out, dyn(x), rtol=1e-5, atol=1e-6)
+    assert counted.rows == [20, 20, 16, 8]
+
+
 def test_empty_batch(dyn: dc.DynamicModule, device: torch.device) -> None:
     fast = dc.lower(dyn, backend="eager")
     out = fast(torch.randn(0, 3, 12, 12, device=device))
@@ -159,6 +169,8 @@ def test_bad_arguments(dyn: dc.DynamicModule) -> None:
         dc.lower(dyn, backend="tvm")
     with pytest.raises(ArgumentError, match="dynamize"):
         dc.lower(nn.Linear(2, 2))  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="buckets"):
+        dc.lower(dyn, buckets=[0])
     fast = dc.lower(dyn, backend="eager")
     with pytest.raises(ArgumentError, match="batch_sizes"):
         fast.warmup([0])

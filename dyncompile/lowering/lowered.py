@@ -12,8 +12,8 @@ from dyncompile.errors import ArgumentError, LoweringError
 from dyncompile.graph import Spec, is_tensor, spec
 from dyncompile.lowering.measure import unprofitable
 from dyncompile.lowering.plan import Block, Conditional, Plan, Segment, make_plan, segment_module
-from dyncompile.lowering.runtime import BlockRunner, Run, Segments
-from dyncompile.module import DynamicModule, Override, disabled_decisions
+from dyncompile.lowering.runtime import BlockRunner, Override, Run, Segments
+from dyncompile.module import DynamicModule, disabled_decisions
 
 BACKENDS = ("inductor", "eager")
 
@@ -30,16 +30,25 @@ class LoweredModule(nn.Module):
         last_run: Rows that ran in the last call, by region.
     """
 
-    def __init__(self, dyn: DynamicModule, *, backend: str, decline: bool, options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        dyn: DynamicModule,
+        *,
+        backend: str,
+        decline: bool,
+        buckets: Sequence[int] = (),
+        options: dict[str, Any],
+    ) -> None:
         super().__init__()
         # In a tuple, so that the lowered model has no parameters of its own: it is not trained.
         self._source = (dyn,)
         self.backend = backend
         self.snapshot = backend != "eager"
         self.decline = decline
+        self.buckets = tuple(sorted(set(buckets)))
         self.options = options
         self.last_run: dict[str, int] = {}
-        self._override: Callable[[str, Tensor, Tensor | None], Tensor] | None = None
+        self._override: Override | None = None
         self.training = False
         self.relower()
 
@@ -133,7 +142,7 @@ class LoweredModule(nn.Module):
         if count == 0:
             self.last_run = {"always": 0}
             return graph.signature.unflatten(_empty(self.plan.graph, inputs[0].device))
-        run = Run({}, self._override)
+        run = Run({}, self._override, self.buckets)
         with torch.no_grad():
             leaves = self._runner([self._laid_out(t) for t in inputs], None, count, run)
         self.last_run = run.rows
@@ -177,10 +186,6 @@ class LoweredModule(nn.Module):
             raise LoweringError("a lowered model does not train: train the dynamic model, then `fast.relower()`")
         return self
 
-    def override(self, override: Override | None) -> None:
-        """Replace decisions, for `dyncompile.testing.forced`; None ends it."""
-        self._override = override  # type: ignore[assignment]
-
     def inspect(self) -> str:
         """The plan in words: blocks, segments, conditionals."""
         lines: list[str] = []
@@ -207,7 +212,12 @@ class LoweredModule(nn.Module):
 
 
 def lower(
-    dyn: DynamicModule, backend: str = "inductor", *, decline: bool | None = None, **options: Any
+    dyn: DynamicModule,
+    backend: str = "inductor",
+    *,
+    decline: bool | None = None,
+    buckets: Sequence[int] = (),
+    **options: Any,
 ) -> LoweredModule:
     """Make a dynamic model skip for real: per sample, inside a batch.
 
@@ -218,21 +228,25 @@ def lower(
         decline: Run a conditional densely where its overhead (count, gather, scatter), measured
             here at a batch of 16, exceeds all that its arms cost; `plan.dense` says which and by
             how much. Default: for "inductor".
-        options: Options of the backend.
+        buckets: Fill the rows of a part of a batch up to the next of these sizes, so that a program
+            made for one size (a CUDA graph) serves many.
+        options: Options of the backend: `cudagraphs=True` for "inductor" on a GPU.
 
     Returns:
         A module that is called as the static model is.
 
     Raises:
-        ArgumentError: No backend of that name, or no dynamic model.
+        ArgumentError: No backend of that name, no dynamic model, or a bucket below 1.
         LoweringError: The model is in training mode.
     """
     if not isinstance(dyn, DynamicModule):
         raise ArgumentError("dyn", found=type(dyn).__name__, expected="what `dyncompile.dynamize` returned")
     if backend not in BACKENDS:
         raise ArgumentError("backend", found=repr(backend), expected=f"one of {BACKENDS}")
+    if any(b < 1 for b in buckets):
+        raise ArgumentError("buckets", found=list(buckets), expected="sizes >= 1")
     decline = backend == "inductor" if decline is None else decline
-    return LoweredModule(dyn, backend=backend, decline=decline, options=options)
+    return LoweredModule(dyn, backend=backend, decline=decline, buckets=buckets, options=options)
 
 
 def _channels_last(dyn: DynamicModule) -> bool:

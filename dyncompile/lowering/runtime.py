@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, fx
 
 from dyncompile.graph import Spec, spec
-from dyncompile.lowering.plan import Block, Conditional, Plan, Segment
+from dyncompile.lowering.plan import Block, Conditional, Segment
 from dyncompile.ops import SELECT, arms_of
+
+Override = Callable[[str, Tensor, Tensor | None], Tensor]
+"""Replaces a decision, given its name, its value, and which samples it is about (None: all)."""
 
 Segments = Mapping[Segment, Callable[..., Sequence[Tensor]]]
 Frame = list[Any]
@@ -22,10 +25,18 @@ class Run:
     Attributes:
         rows: Rows that ran, per region.
         override: Replaces a decision, given its name, value and the rows it is about.
+        buckets: Batch sizes that parts of a batch are filled up to, ascending; empty for none.
     """
 
     rows: dict[str, int]
-    override: Callable[[str, Tensor, Tensor | None], Tensor] | None = None
+    override: Override | None = None
+    buckets: tuple[int, ...] = ()
+
+    def padded(self, index: Tensor) -> Tensor:
+        """Rows filled up to the next bucket by repeating the first one."""
+        size = index.shape[0]
+        bucket = next((b for b in self.buckets if b >= size), size)
+        return index if bucket == size else torch.cat((index, index[:1].expand(bucket - size)))
 
 
 def gather(tensor: Tensor, index: Tensor, found: Spec) -> Tensor:
@@ -169,64 +180,93 @@ class ConditionalRunner:
             for select in step.selects
         ]
         self.dead = dead
+        outer = {where for _, _, sources in self.selects for here, where in sources if here}
+        self.gathered = [slot for slot in dead if slot not in outer]
+        # The rows of one arm tell how the batch splits; take an arm whose rows are needed anyway.
+        self.first = next((i for i, arm in enumerate(self.arms) if arm is not None), 0)
+        self.indexed = [
+            arm is not None or any(not self._is_base(sources, i) for _, _, sources in self.selects)
+            for i, arm in enumerate(self.arms)
+        ]
+
+    @staticmethod
+    def _is_base(sources: list[tuple[bool, int]], arm: int) -> bool:
+        """Whether an arm's value is the one that the others are written into: the first already there."""
+        return next((i for i, (here, _) in enumerate(sources) if here), None) == arm
 
     def __call__(self, frame: Frame, samples: Tensor | None, count: int, run: Run) -> None:
         decision = frame[self.decision]
         if run.override is not None:
             decision = run.override(self.name, decision, samples)
-        index = self._split(decision, count)
-        if isinstance(index, int):
-            self._whole(index, frame, samples, count, run)
-        else:
-            self._mixed(index, frame, samples, run)
-
-    def _split(self, decision: Tensor, count: int) -> int | list[Tensor | None]:
-        """The arm that every row takes, or the rows of each arm (None for an arm that no row takes)."""
         if count == 1:
-            return int(decision.item())
-        if not self.routed:
-            taken = decision.nonzero().view(-1)
-            number = taken.shape[0]
-            if number in (0, count):
-                return int(number == count)
-            return [decision.logical_not().nonzero().view(-1), taken]
-        rows: list[Tensor | None] = []
-        for arm in range(len(self.arms)):
-            taken = (decision == arm).nonzero().view(-1)
-            if taken.shape[0] == count:
-                return arm
-            rows.append(taken if taken.shape[0] else None)
-        return rows
+            self._whole(int(decision.item()), frame, samples, count, run)
+            return
+        index = self._rows_of(decision, self.first)
+        if index.shape[0] == count:
+            self._whole(self.first, frame, samples, count, run)
+        elif index.shape[0] == 0 and len(self.arms) == 2:
+            self._whole(1 - self.first, frame, samples, count, run)
+        else:
+            rows = [
+                index if arm == self.first else self._rows_of(decision, arm) if needed else None
+                for arm, needed in enumerate(self.indexed)
+            ]
+            whole = [arm for arm, part in enumerate(rows) if part is not None and part.shape[0] == count]
+            if whole:
+                self._whole(whole[0], frame, samples, count, run)
+            else:
+                self._mixed(rows, frame, samples, count, run)
+
+    def _rows_of(self, decision: Tensor, arm: int) -> Tensor:
+        if self.routed:
+            return (decision == arm).nonzero().view(-1)
+        return (decision if arm else decision.logical_not()).nonzero().view(-1)
 
     def _whole(self, arm: int, frame: Frame, samples: Tensor | None, count: int, run: Run) -> None:
+        """Every row takes one arm: run it on the values themselves, copy nothing."""
         block = self.arms[arm]
-        outer = [(slot, frame[where]) for slot, _, sources in self.selects for here, where in [sources[arm]] if here]
+        taken = [(slot, sources[arm]) for slot, _, sources in self.selects]
+        outer = [(slot, frame[where]) for slot, (here, where) in taken if here]
         results: list[Tensor] = []
         if block is not None:
             values = [frame[i] for i, _ in self.reads[arm]]
-            for slot in self.dead:
-                frame[slot] = None  # the arm now holds its inputs alone
+            self._release(frame, self.dead)  # the arm now holds its inputs alone
             results = block(values, samples, count, run)
+        self._release(frame, self.dead)
         for slot, value in outer:
             frame[slot] = value
-        for slot, _, sources in self.selects:
-            here, where = sources[arm]
+        for slot, (here, where) in taken:
             if not here:
                 frame[slot] = results[where]
-        self._release(frame)
 
-    def _mixed(self, rows: list[Tensor | None], frame: Frame, samples: Tensor | None, run: Run) -> None:
+    def _mixed(
+        self,
+        rows: list[Tensor | None],
+        frame: Frame,
+        samples: Tensor | None,
+        count: int,
+        run: Run,
+    ) -> None:
+        """Rows differ: run each arm on those that take it, and put the results together."""
+        inputs = []
+        for index, reads in zip(rows, self.reads, strict=True):
+            padded = None if index is None or not index.shape[0] else run.padded(index)
+            values = [] if padded is None else [gather(frame[i], padded, found) for i, found in reads]
+            inputs.append((padded, values))
+        self._release(frame, self.gathered)
         results: list[list[Tensor]] = []
-        for block, index, reads in zip(self.arms, rows, self.reads, strict=True):
+        for block, (index, values) in zip(self.arms, inputs, strict=True):
             if block is None or index is None:
                 results.append([])
                 continue
-            values = [gather(frame[i], index, found) for i, found in reads]
             inner = index if samples is None or run.override is None else samples[index]
             results.append(block(values, inner, index.shape[0], run))
-        for slot, found, sources in self.selects:
-            frame[slot] = self._merge(rows, frame, results, sources, found)
-        self._release(frame)
+        merged = [
+            (slot, self._merge(rows, frame, results, sources, found, count)) for slot, found, sources in self.selects
+        ]
+        self._release(frame, self.dead)
+        for slot, value in merged:
+            frame[slot] = value
 
     def _merge(
         self,
@@ -235,30 +275,33 @@ class ConditionalRunner:
         results: list[list[Tensor]],
         sources: list[tuple[bool, int]],
         found: Spec,
+        count: int,
     ) -> Tensor:
+        """One value from the arms' parts; a value that is already there is copied once and written into."""
         base: Tensor | None = None
         for here, where in sources:
             if here:
                 base = frame[where].clone()
                 break
-        start = next(i for i, (here, _) in enumerate(sources) if here) if base is not None else None
         for arm, (here, where) in enumerate(sources):
             index = rows[arm]
-            if index is None or arm == start:
+            if index is None or not index.shape[0] or self._is_base(sources, arm):
                 continue
             part = gather(frame[where], index, found) if here else results[arm][where]
+            assert found.batch_dim is not None
+            size = index.shape[0] * found.rows
+            if part.shape[found.batch_dim] != size:
+                part = part.narrow(found.batch_dim, 0, size)  # what only fills a bucket
             if base is None:
-                total = sum(r.shape[0] for r in rows if r is not None)
                 shape = list(part.shape)
-                assert found.batch_dim is not None
-                shape[found.batch_dim] = total * found.rows
+                shape[found.batch_dim] = count * found.rows
                 base = _like(part, shape)
             scatter(base, index, part, found)
         assert base is not None
         return base
 
-    def _release(self, frame: Frame) -> None:
-        for slot in self.dead:
+    def _release(self, frame: Frame, slots: list[int]) -> None:
+        for slot in slots:
             frame[slot] = None
 
 
@@ -267,13 +310,3 @@ def _like(part: Tensor, shape: list[int]) -> Tensor:
     if part.dim() == 4 and part.is_contiguous(memory_format=torch.channels_last):
         return torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=torch.channels_last)
     return part.new_empty(shape)
-
-
-def compile_plan(plan: Plan, segments: Segments) -> BlockRunner:
-    """Make a plan executable.
-
-    Args:
-        plan: What to run.
-        segments: A callable for each of its segments.
-    """
-    return BlockRunner(plan.root, segments)

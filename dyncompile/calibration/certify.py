@@ -1,5 +1,6 @@
 """Choose thresholds: design a path on some of the samples, test along it on the others."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -25,7 +26,7 @@ from dyncompile.errors import ArgumentError, CalibrationError, UnreachableTarget
 Indices = NDArray[np.intp]
 METHODS = ("ltt", "ucb", "greedy")
 
-_DESIGN_SHARE = 0.3  # cheaper thresholds than with 0.5 or 0.7 at 2,000 to 10,000 samples
+_DESIGN_SHARE = 0.3  # a test needs more samples than a search
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,17 +72,11 @@ class Target:
         if self.max_drop is None and self.max_cost is None:
             raise ArgumentError("max_drop", found="no target", expected="`max_drop` or `max_cost`")
         if self.max_drop is not None and not 0 < self.max_drop < 1:
-            raise ArgumentError(
-                "max_drop", found=self.max_drop, expected="between 0 and 1, both excluded"
-            )
+            raise ArgumentError("max_drop", found=self.max_drop, expected="between 0 and 1, both excluded")
         if self.max_cost is not None and not self.max_cost > 0:
-            raise ArgumentError(
-                "max_cost", found=self.max_cost, expected="above 0 (1.0 = the static model)"
-            )
+            raise ArgumentError("max_cost", found=self.max_cost, expected="above 0 (1.0 = the static model)")
         if not 0 < self.confidence < 1:
-            raise ArgumentError(
-                "confidence", found=self.confidence, expected="between 0 and 1, both excluded"
-            )
+            raise ArgumentError("confidence", found=self.confidence, expected="between 0 and 1, both excluded")
         if self.method not in METHODS:
             raise ArgumentError("method", found=repr(self.method), expected=", ".join(METHODS))
 
@@ -151,9 +146,9 @@ def choose(
 
     The design samples give a path of threshold vectors from the safest to the cheapest. With
     `max_drop` the held-out samples are tested along it until the first failure, and the cheapest
-    vector that passed is
-    taken: its risk is above `max_drop` with probability at most `1 - confidence` (Learn then Test,
-    arXiv 2110.01052). With `max_cost` alone the safest vector within the budget is taken.
+    vector that passed is taken: its risk is above `max_drop` with probability at most
+    `1 - confidence` (Learn then Test, arXiv 2110.01052). With `max_cost` alone the safest vector
+    within the budget is taken.
 
     Args:
         scores: Scores of all samples.
@@ -170,12 +165,13 @@ def choose(
     """
     seen, unseen = scores.confidence[design], scores.confidence[held_out]
     space = ThresholdSpace(seen, cost_of)
-    path = space.path(space.passed(seen), scores.losses[design])
+    reached, losses = space.passed(seen), scores.losses[design]
+    # "greedy" is to do best on these very samples.
+    smooth = losses if target.method == "greedy" else space.smoothed(reached, losses)
+    path = space.path(reached, smooth)
     static = float(space.costs(space.off)[-1])
     if path[-1] == space.off:
-        raise UnreachableTargetError(
-            "no exit saves anything: each costs as much as it spares or is wrong too often"
-        )
+        raise UnreachableTargetError("no exit saves anything: each costs as much as it spares or is wrong too often")
     passed = space.passed(unseen)
     trial = _Trial(
         target=target,
@@ -188,7 +184,7 @@ def choose(
         chosen, bound = trial.cheapest(certified, target.max_drop, static), target.max_drop
     else:
         certified = 0
-        designed = [space.outcome(space.passed(seen), scores.losses[design], v)[1] for v in path]
+        designed = [space.outcome(reached, losses, levels)[1] for levels in path]
         chosen, bound = trial.safest(designed)
     frontier = tuple(
         FrontierPoint(
@@ -275,15 +271,16 @@ class _Trial:
             bounds = [upper_bound(self.p_value, self.losses(i), self.target.delta) for i in up_to]
             raise UnreachableTargetError(
                 f"no thresholds that save anything keep the risk at or below {limit:g} "
-                f"{self._terms()}; the best reachable is max_drop={max(bounds):.4g} at an "
-                f"expected cost of {self.costs[up_to[-1]]:.3f}"
+                f"{self._terms()}; the best reachable is max_drop={_up(max(bounds))} at a "
+                f"cost of {self.costs[up_to[-1]]:.3f}"
             )
         chosen = int(self.costs[:certified].argmin())
         budget = self.target.max_cost
         if budget is not None and self.costs[chosen] > budget:
             raise UnreachableTargetError(
                 f"an expected cost of at most {budget:g} cannot be had with a risk of at most "
-                f"{limit:g} {self._terms()}; the best reachable cost is {self.costs[chosen]:.3f}"
+                f"{limit:g} {self._terms()}; the best reachable is "
+                f"max_cost={_up(self.costs[chosen])}"
             )
         return chosen
 
@@ -301,17 +298,16 @@ class _Trial:
         if costs.min() > budget or self.costs.min() > budget:
             raise UnreachableTargetError(
                 f"an expected cost of at most {budget:g} cannot be had; the best reachable is "
-                f"max_cost={max(costs.min(), self.costs.min()):.4g}"
+                f"max_cost={_up(max(costs.min(), self.costs.min()))}"
             )
+        last = len(costs) - 1
         first = int((costs <= budget).argmax())
-        error = designed[first].std() * np.sqrt(
-            1 / len(designed[first]) + 1 / len(self.losses(first))
-        )
-        rungs = sorted(
-            {int((costs <= budget - k * error).argmax()) or len(costs) - 1 for k in (0, 1, 2, 4)}
-        )
-        chosen = next((i for i in rungs if self.costs[i] <= budget), len(costs) - 1)
-        delta = self.target.delta / len({*rungs, len(costs) - 1})
+        counts = len(designed[first]), len(self.losses(first))
+        error = designed[first].std() * np.sqrt(sum(1 / count for count in counts))
+        within = (np.flatnonzero(costs <= budget - k * error) for k in (0, 1, 2, 4))
+        rungs = sorted({last, *(int(hits[0]) for hits in within if len(hits))})
+        chosen = next(rung for rung in rungs if self.costs[rung] <= budget or rung == last)
+        delta = self.target.delta / len(rungs)
         return chosen, upper_bound(self.p_value, self.losses(chosen), delta)
 
     def _terms(self) -> str:
@@ -319,6 +315,11 @@ class _Trial:
             return "on these samples"
         samples = len(self.losses(0))
         return f"with probability {self.target.confidence:g} on {samples} held-out samples"
+
+
+def _up(value: float) -> float:
+    """Rounded up, so that what a message calls reachable is."""
+    return math.ceil(value * 1e4) / 1e4
 
 
 def _accuracy(scores: Scores, samples: Indices, leave: Indices) -> float | None:

@@ -7,6 +7,7 @@ the others', follows exactly from one histogram. Sweeping `w` walks the trade-of
 cost.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import cache
 
@@ -21,7 +22,7 @@ CostOf = Callable[[tuple[bool, ...]], Array]
 
 _PRICES = 48
 _STEPS = 4
-_REFINEMENTS = 3
+_SMOOTHING = 0.03
 _SWEEPS = 6
 
 
@@ -34,9 +35,7 @@ class ThresholdSpace:
         resolution: Quantiles per exit.
     """
 
-    def __init__(
-        self, confidence: NDArray[np.float32], cost_of: CostOf, *, resolution: int = 200
-    ) -> None:
+    def __init__(self, confidence: NDArray[np.float32], cost_of: CostOf, *, resolution: int = 200) -> None:
         shares = np.linspace(0, 1, resolution)
         # Quantiles that were observed, so that a threshold is exact in the model's own precision.
         quantiles = np.quantile(confidence, shares, axis=0, method="inverted_cdf").T
@@ -65,23 +64,21 @@ class ThresholdSpace:
         """
         columns = zip(self.grids, confidence.T, strict=True)
         counts = [np.searchsorted(grid, column, side="right") for grid, column in columns]
-        return np.stack(counts, axis=1).astype(np.int32)
+        return np.asfortranarray(np.stack(counts, axis=1).astype(np.int32))
 
     def leave(self, passed: NDArray[np.int32], levels: Levels) -> NDArray[np.intp]:
         """Index of the exit at which each sample leaves, E for the end, `[N]`."""
-        fires = np.column_stack([passed > np.array(levels), np.ones(len(passed), dtype=bool)])
-        return np.asarray(fires.argmax(axis=1))
+        leave = np.full(len(passed), len(levels))
+        for index in reversed(range(len(levels))):
+            np.putmask(leave, passed[:, index] > levels[index], index)
+        return leave
 
-    def outcome(
-        self, passed: NDArray[np.int32], losses: Array, levels: Levels
-    ) -> tuple[Array, Array]:
+    def outcome(self, passed: NDArray[np.int32], losses: Array, levels: Levels) -> tuple[Array, Array]:
         """Loss and cost of each sample under a vector of levels, `[N]` each."""
         leave = self.leave(passed, levels)
         return losses[np.arange(len(leave)), leave], self.costs(levels)[leave]
 
-    def descend(
-        self, passed: NDArray[np.int32], losses: Array, price: float, start: Levels
-    ) -> Levels:
+    def descend(self, passed: NDArray[np.int32], losses: Array, price: float, start: Levels) -> Levels:
         """Coordinate descent on `sum(cost + price * loss)`, exact in each coordinate.
 
         Args:
@@ -101,14 +98,10 @@ class ThresholdSpace:
                 break
         return tuple(levels)
 
-    def _sweep(
-        self, passed: NDArray[np.int32], losses: Array, price: float, levels: list[int]
-    ) -> None:
+    def _sweep(self, passed: NDArray[np.int32], losses: Array, price: float, levels: list[int]) -> None:
         samples, exits = passed.shape
         fires = passed > np.array(levels)
-        arrives = np.column_stack(
-            [np.ones(samples, dtype=bool), ~np.logical_or.accumulate(fires, axis=1)]
-        )
+        arrives = np.column_stack([np.ones(samples, dtype=bool), ~np.logical_or.accumulate(fires, axis=1)])
         leave = np.full(samples, exits)
         for index in reversed(range(exits)):
             here = arrives[:, index]
@@ -120,9 +113,7 @@ class ThresholdSpace:
             costs = self.costs(tuple(on))
             stay = (costs[leave] + onward)[here]
             gain = costs[index] + price * losses[here, index] - stay
-            histogram = np.bincount(
-                passed[here, index], weights=gain, minlength=self.off[index] + 1
-            )
+            histogram = np.bincount(passed[here, index], weights=gain, minlength=self.off[index] + 1)
             # totals[l]: everything that passes more than l thresholds leaves here.
             totals = histogram[::-1].cumsum()[::-1][1:] + stay.sum()
             best = len(totals) - 1 - int(totals[::-1].argmin())  # the safest of equals
@@ -130,28 +121,48 @@ class ThresholdSpace:
             levels[index] = best if totals[best] < without - 1e-9 * samples else self.off[index]
             leave = np.where(passed[:, index] > levels[index], index, leave)
 
-    def path(self, passed: NDArray[np.int32], losses: Array) -> list[Levels]:
-        """Threshold vectors from the safest (all exits off) to the cheapest.
+    def smoothed(self, passed: NDArray[np.int32], losses: Array) -> Array:
+        """Losses half replaced by the mean loss at similar confidence.
 
-        Along it the empirical risk of these samples never falls and their cost always does.
+        Thresholds searched on these fit less to the luck of single samples.
 
         Args:
             passed: What `passed` gave, `[N, E]`.
             losses: Losses by exit and at the end, `[N, E + 1]`.
 
         Returns:
-            Levels, all exits off first.
+            `[N, E + 1]`.
+        """
+        smooth = losses.copy()
+        for index, bins in enumerate(self.off):
+            column, length = passed[:, index], bins + 1
+            window = np.ones(2 * int(_SMOOTHING * length) + 1)
+            count = np.bincount(column, minlength=length)
+            total = np.bincount(column, weights=losses[:, index], minlength=length)
+            near = np.maximum(np.convolve(count, window)[len(window) // 2 :][:length], 1)
+            rate = np.convolve(total, window)[len(window) // 2 :][:length] / near
+            smooth[:, index] = (losses[:, index] + rate[column]) / 2
+        return smooth
+
+    def path(self, passed: NDArray[np.int32], losses: Array) -> list[Levels]:
+        """Threshold vectors from the safest to the cheapest.
+
+        Along it the empirical risk of these samples never falls and their cost always does.
+
+        Args:
+            passed: What `passed` gave, `[N, E]`.
+            losses: Losses by exit and at the end, `[N, E + 1]`, as they are or `smoothed`.
+
+        Returns:
+            Levels; where no exit is as safe as the full depth, all exits off come first.
         """
         means = {v: self._means(passed, losses, v) for v in self._candidates(passed, losses)}
-        for _ in range(
-            _REFINEMENTS
-        ):  # coordinate descent finds convex corners; fill in between them
-            front = np.array(self._front(means))
-            between = np.linspace(front[:-1], front[1:], _STEPS + 1)[1:-1].reshape(
-                -1, len(self.off)
-            )
-            for levels in map(tuple, between.round().astype(int).tolist()):
-                means.setdefault(levels, self._means(passed, losses, levels))
+        # Coordinate descent finds the corners of the convex hull; fill in between neighbours.
+        for fill in (_crossed, _between, _between):
+            front = self._front(means)
+            for levels in itertools.chain.from_iterable(map(fill, front, front[1:])):
+                if levels not in means:
+                    means[levels] = self._means(passed, losses, levels)
         return self._front(means)
 
     def _front(self, means: dict[Levels, tuple[float, float]]) -> list[Levels]:
@@ -160,9 +171,9 @@ class ThresholdSpace:
         Of equal empirical risk the dearest comes first: on other samples it is likely the safest.
         """
         kept: list[Levels] = []
-        cheapest = np.nextafter(means[self.off][1], np.inf)
+        cheapest, ceiling = np.inf, means[self.off][1]
         for (_, saving), levels in sorted(((risk, -cost), v) for v, (risk, cost) in means.items()):
-            if levels == self.off or -saving < min(cheapest, means[self.off][1]):
+            if -saving < cheapest and (-saving < ceiling or levels == self.off):
                 kept.append(levels)
                 cheapest = -saving
         return kept
@@ -176,8 +187,21 @@ class ThresholdSpace:
                 levels = self.descend(passed, losses, float(price), levels)
                 yield levels
 
-    def _means(
-        self, passed: NDArray[np.int32], losses: Array, levels: Levels
-    ) -> tuple[float, float]:
+    def _means(self, passed: NDArray[np.int32], losses: Array, levels: Levels) -> tuple[float, float]:
         loss, cost = self.outcome(passed, losses, levels)
         return float(loss.mean()), float(cost.mean())
+
+
+def _between(safe: Levels, cheap: Levels) -> Iterator[Levels]:
+    """Vectors on the line between two."""
+    for step in range(1, _STEPS):
+        share = step / _STEPS
+        yield tuple(round((1 - share) * a + share * b) for a, b in zip(safe, cheap, strict=True))
+
+
+def _crossed(safe: Levels, cheap: Levels) -> Iterator[Levels]:
+    """Vectors on the line, and either with the level of one exit from the other."""
+    yield from _between(safe, cheap)
+    for one, other in ((safe, cheap), (cheap, safe)):
+        for index, level in enumerate(other):
+            yield (*one[:index], level, *one[index + 1 :])

@@ -276,7 +276,9 @@ def test_regression_on_vectors(tmp_path: Path, device: torch.device) -> None:
     y = x[:, :1].clone()
     model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1)).to(device)
     dyn = dc.dynamize(model, "early_exit", exits=1, example_inputs=x[:2].to(device))
-    found = dc.calibrate(dyn, (x, y), max_cost=0.95, risk=lambda p, t, f: torch.zeros(len(p)), progress=False)
+    found = dc.calibrate(
+        dyn, (x, y), max_cost=0.95, risk=lambda p, t, f: torch.zeros(len(p), device=p.device), progress=False
+    )
     found.report(tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert Reader(page).open == []

@@ -47,6 +47,11 @@ class Tied(nn.Module):
         return {"logits": self.last(x)}
 
 
+def perceptron() -> nn.Sequential:
+    """Vectors `[N, 8]` to `[N, 3]`."""
+    return nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+
+
 def cautious(logits: Tensor, earlier: object) -> Tensor:
     """A criterion of the user's own."""
     return logits.softmax(1).amax(1) ** 2
@@ -190,7 +195,7 @@ def test_criterion_that_cannot_be_imported_is_refused(kind: str, tmp_path: Path,
         "instance": Squared(),
     }
     dyn = dc.dynamize(
-        nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3)).to(device),
+        perceptron().to(device),
         EarlyExit(exits=1, criterion=criterion[kind]),
     )
     with pytest.raises(
@@ -345,11 +350,12 @@ def test_files_of_others_are_kept_without_force(dyn: dc.DynamicModule, tmp_path:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_kill_at_every_step_leaves_the_old_or_the_new(tmp_path: Path) -> None:
-    old = dynamic(torch.device("cpu"), exits=1)
+    old = dc.dynamize(perceptron(), EarlyExit(exits=1))
     new = copy.deepcopy(old)
     with torch.no_grad():
-        new.fc.weight.add_(1)
+        new.get_parameter("4.weight").add_(1)
     new.exits["exit0"].threshold.fill_(0.75)
     folder = tmp_path / "saved"
     steps, found = 0, []
@@ -361,7 +367,7 @@ def test_kill_at_every_step_leaves_the_old_or_the_new(tmp_path: Path) -> None:
         if not child:
             save_until_killed(new, folder, steps)
         _, status = os.waitpid(child, 0)
-        loaded = dc.load(folder, Convolutional())
+        loaded = dc.load(folder, perceptron())
         found.append(bool(loaded.exits["exit0"].threshold == 0.75))
         assert_same_state(loaded, new if found[-1] else old)
         dc.save(new, folder)

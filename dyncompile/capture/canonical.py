@@ -34,6 +34,7 @@ def copy_graph(exported: fx.GraphModule, constants: dict[str, Tensor], known: se
         constants: Filled with the tensors that export lifted, under the names that the new graph
             uses.
         known: Names of the model's own parameters and buffers.
+        fixed: Flat inputs that are constants, by position.
 
     Returns:
         A graph that no module owns; its output is a tuple of leaves. Each node's `meta` has
@@ -44,7 +45,9 @@ def copy_graph(exported: fx.GraphModule, constants: dict[str, Tensor], known: se
         CaptureError: The model enters `torch.autocast`, or branches on data.
     """
     graph = fx.Graph()
-    graph.output(tuple(_copy_nodes(exported, graph, {}, constants, known)))
+    inputs = [node for node in exported.graph.nodes if node.op == "placeholder"]
+    mapping = {inputs[i]: value for i, value in fixed.items()}
+    graph.output(tuple(_copy_nodes(exported, graph, mapping, constants, known)))
     return graph
 
 
@@ -62,6 +65,8 @@ def _copy_nodes(
             return fx.map_arg(node.args[0], lambda n: mapping[n])
         if node.op == "call_module" or node.target in _GUARDS or node in mapping:
             continue  # the export's own guards, or an input of a nested region
+        if node.op == "placeholder" and not isinstance(node.meta.get("val"), Tensor):
+            continue  # an argument that is no tensor: its value is baked in
         if isinstance(node.target, HigherOrderOperator):
             mapping[node] = _inline(node, regions, graph, mapping, constants, known)
         elif node.target is operator.getitem and isinstance(mapping[node.args[0]], tuple | list):

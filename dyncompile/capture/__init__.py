@@ -9,13 +9,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from dyncompile.capture import canonical
 from dyncompile.capture.check import check, expect, fresh, resize, undisturbed
 from dyncompile.capture.functional import functionalise
-from dyncompile.capture.leaves import Call, leaves_of, opaque, raise_leaves
+from dyncompile.capture.leaves import (
+    Call,
+    calling,
+    hookless,
+    leaves_of,
+    opaque,
+    raise_leaves,
+    swapped,
+)
 from dyncompile.capture.modes import follow_mode
 from dyncompile.capture.recurrent import unstack
 from dyncompile.capture.signature import Signature
@@ -147,26 +154,25 @@ def _export(
     signature: Signature,
     dims: tuple[int | None, ...],
 ) -> tuple[torch.export.ExportedProgram, list[Call]]:
-    args, kwargs = signature.call_arguments(fresh(inputs))
-    queue = iter(dims)
+    own = calling(root)
 
-    def shape(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return None
-        dim = next(queue)
-        return None if dim is None else {dim: torch.export.Dim.DYNAMIC}
+    def flat(*tensors: Tensor) -> Any:
+        args, kwargs = signature.call_arguments(list(tensors))
+        with swapped(root, own):
+            return root(*args, **kwargs)
 
-    # Walk in the order of the forward's parameters, which is the order of the flat inputs.
-    bound = signature.parameters.bind(*args, **kwargs).arguments
-    shapes: Any = {name: pytree.tree_map(shape, value) for name, value in bound.items()}
+    flat.__signature__ = signature.flat()  # type: ignore[attr-defined]
+    shapes = tuple(None if dim is None else {dim: torch.export.Dim.DYNAMIC} for dim in dims)
     try:
-        with opaque(root, leaves) as calls, warnings.catch_warnings():
+        with swapped(root, hookless(flat)), opaque(root, leaves) as calls, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            exported = torch.export.export(root, args, kwargs, dynamic_shapes=shapes, strict=False)
+            exported = torch.export.export(root, tuple(fresh(inputs)), dynamic_shapes=shapes, strict=False)
     except DyncompileError:
         raise
     except Exception as error:  # whatever the user's own forward or torch.export raises
-        raise CaptureError(f"torch.export stopped: {_reason(error)}") from error
+        fixed = "specialized" in str(error)
+        hint = "; where the batch is not dim 0 of an input, pass batch_dims" if fixed else ""
+        raise CaptureError(f"torch.export stopped: {_reason(error)}{hint}") from error
     return exported, calls
 
 

@@ -34,7 +34,6 @@ def copy_graph(exported: fx.GraphModule, constants: dict[str, Tensor], known: se
         constants: Filled with the tensors that export lifted, under the names that the new graph
             uses.
         known: Names of the model's own parameters and buffers.
-        fixed: Flat inputs that are constants, by position.
 
     Returns:
         A graph that no module owns; its output is a tuple of leaves. Each node's `meta` has
@@ -45,9 +44,7 @@ def copy_graph(exported: fx.GraphModule, constants: dict[str, Tensor], known: se
         CaptureError: The model enters `torch.autocast`, or branches on data.
     """
     graph = fx.Graph()
-    inputs = [node for node in exported.graph.nodes if node.op == "placeholder"]
-    mapping = {inputs[i]: value for i, value in fixed.items()}
-    graph.output(tuple(_copy_nodes(exported, graph, mapping, constants, known)))
+    graph.output(tuple(_copy_nodes(exported, graph, {}, constants, known)))
     return graph
 
 

@@ -54,7 +54,7 @@ def resize(
 ) -> tuple[Tensor, ...]:
     """Inputs of another batch size: rows are repeated, and disturbed so that no two are equal.
 
-    Floating ones get noise; of the others a repeated row is rolled along its last dim.
+    Floating ones get noise; of the others a repeated row is rolled, and one of its values changed.
     """
     generator = torch.Generator().manual_seed(batch + 100 * seed)
     sized = []
@@ -62,21 +62,24 @@ def resize(
         if dim is None:
             sized.append(tensor)
             continue
-        count = tensor.shape[dim]
         rows = tensor.detach().split(1, dim)
-        repeated = [
-            rows[i % count]
-            if i < count or tensor.dim() < 2 or dim == tensor.dim() - 1
-            else rows[i % count].roll(i // count + seed, -1)
-            for i in range(batch)
-        ]
-        joined = torch.cat(repeated, dim)
+        count = len(rows)
+        joined = torch.cat([_varied(rows[i % count], dim, i // count + seed) for i in range(batch)], dim)
         if joined.is_floating_point() and joined.numel():
             scale = float(tensor.detach().float().std(unbiased=False)) or 1.0
             noise = torch.randn(joined.shape, generator=generator) * 0.1 * scale
             joined = joined + noise.to(joined)
         sized.append(joined)
     return tuple(sized)
+
+
+def _varied(row: Tensor, dim: int, times: int) -> Tensor:
+    last = row.dim() - 1
+    if not times or row.is_floating_point() or dim == last or row.shape[last] < 2:
+        return row
+    rolled = row.roll(times, last)
+    rolled[..., 0] = rolled[..., 1]
+    return rolled
 
 
 def same(actual: Any, expected: Any, slack: float = 1.0) -> bool:
@@ -160,34 +163,37 @@ class _Recorder(fx.Interpreter):
         self.values: dict[fx.Node, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        self.values[n] = super().run_node(n)
+        try:
+            self.values[n] = super().run_node(n)
+        except Exception as error:  # whatever a layer raises on a batch of this size
+            raise mixed(n, f"it fails on other batches than the example's ({error})") from error
         return self.values[n]
 
 
 def mark_rows(graph: Graph) -> None:
     """Note which values are *rows*: entry i belongs to sample i and depends on it alone.
 
-    Three samples run together, again with other neighbours of the middle one, and the middle one
-    alone. A value that is laid out differently (positions, samples not outermost within the batch
-    dim) is no rows: lowering may use it but not gather it.
+    Four samples run together, then the second with other neighbours, then the second alone. A value that is laid
+    out differently (positions, samples not outermost within the batch dim) is no rows: lowering may use it but not
+    gather it.
     """
-    together = resize(graph.inputs, graph.batch_dims, 3)
-    others = resize(graph.inputs, graph.batch_dims, 3, seed=1)
-    middle = [_entry(t, dim, 1) for t, dim in zip(together, graph.batch_dims, strict=True)]
+    together = resize(graph.inputs, graph.batch_dims, 4)
+    others = resize(graph.inputs, graph.batch_dims, 4, seed=1)
+    second = [_entry(t, dim, 1) for t, dim in zip(together, graph.batch_dims, strict=True)]
     disturbed = [
-        t if dim is None else torch.cat([_entry(o, dim, 0), m, _entry(o, dim, 2)], dim)
-        for t, o, m, dim in zip(together, others, middle, graph.batch_dims, strict=True)
+        t if dim is None else torch.cat([_entry(o, dim, 0), s, _entry(o, dim, 2, 2)], dim)
+        for t, o, s, dim in zip(together, others, second, graph.batch_dims, strict=True)
     ]
-    first, second, alone = (_record(graph, run) for run in (together, disturbed, middle))
+    first, again, alone = (_record(graph, run) for run in (together, disturbed, second))
     for node in graph.fx.nodes:
         # The same kernels on the same row give the same bits, or nearly; another batch size may not.
-        node.meta["sliceable"] = _agree(node, first, second, rows=True, slack=0.01) and _agree(
+        node.meta["sliceable"] = _agree(node, first, again, rows=True, slack=0.01) and _agree(
             node, first, alone, rows=False, slack=5.0
         )
 
 
-def _entry(tensor: Tensor, dim: int | None, index: int) -> Tensor:
-    return tensor if dim is None else tensor.narrow(dim, index, 1)
+def _entry(tensor: Tensor, dim: int | None, index: int, count: int = 1) -> Tensor:
+    return tensor if dim is None else tensor.narrow(dim, index, count)
 
 
 def _record(graph: Graph, inputs: Any) -> dict[fx.Node, Any]:
@@ -206,7 +212,7 @@ def _agree(
     rows: bool,
     slack: float,
 ) -> bool:
-    """Whether the middle sample's entries of a value are those of another run."""
+    """Whether the second sample's entries of a value are those of another run."""
     specs, tree = pytree.tree_flatten(node.meta.get("spec"))
     if not any(isinstance(found, Spec) for found in specs):
         return True
@@ -219,7 +225,7 @@ def _agree(
 
 
 def _rows(tensor: Tensor, found: Spec) -> Tensor:
-    """The middle sample's entries of a value that was computed for three."""
+    """The second sample's entries of a value that was computed for several."""
     if found.batch_dim is None:
         return tensor
     return tensor.narrow(found.batch_dim, found.rows, found.rows)

@@ -233,6 +233,7 @@ _INVERSE_VIEWS: dict[Any, Callable[..., fx.Node]] = {
             aten.to.dtype_layout,
             aten.to.device,
             aten.to.other,
+            aten.lift_fresh_copy.default,
         ),
         lambda _graph, _base, new, *_: new,
     ),

@@ -84,7 +84,7 @@ def _(tensors: list[Tensor], call: int) -> list[Tensor]:
     state = {name: fake(tensor.detach()) for name, tensor in (*module.named_parameters(), *module.named_buffers())}
     leaves = _merge(record.constants, tensors)
     args, kwargs = pytree.tree_unflatten(leaves, record.spec)
-    with _swapped(module, export.originals[record.path]):
+    with swapped(module, export.originals[record.path]):
         out = torch.func.functional_call(module, state, args, kwargs, strict=False)
     flat, record.output = pytree.tree_flatten(out)
     record.present = tuple(isinstance(leaf, Tensor) for leaf in flat)
@@ -109,9 +109,19 @@ def _merge(constants: list[Any], tensors: list[Tensor]) -> list[Any]:
 _HOOKS = ("forward", "_forward_hooks", "_forward_pre_hooks")
 
 
+def calling(module: nn.Module) -> dict[str, Any]:
+    """What decides how a module is called: its own `forward`, if it has one, and its hooks."""
+    return {name: vars(module)[name] for name in _HOOKS if name in vars(module)}
+
+
+def hookless(forward: Callable[..., Any]) -> dict[str, Any]:
+    """A forward, and no hooks."""
+    return {"forward": forward, **{name: collections.OrderedDict() for name in _HOOKS[1:]}}
+
+
 @contextmanager
-def _swapped(module: nn.Module, state: dict[str, Any]) -> Iterator[None]:
-    """Give a module's instance another `forward` and other hooks for a while."""
+def swapped(module: nn.Module, state: dict[str, Any]) -> Iterator[None]:
+    """Give a module another `forward` and other hooks (entries of its `vars`) for a while."""
     own = vars(module)
     before = {name: own.pop(name) for name in _HOOKS if name in own}
     own.update(state)
@@ -237,9 +247,7 @@ def opaque(root: nn.Module, leaves: dict[str, bool]) -> Iterator[list[Call]]:
         with contextlib.ExitStack() as stack:
             for path, module in modules.items():
                 # Hooks belong to the layer: they run when the graph calls it, and are not traced.
-                own = {"forward": functools.partial(enter, path)}
-                empty: dict[str, Any] = {name: collections.OrderedDict() for name in _HOOKS[1:]}
-                stack.enter_context(_swapped(module, own | empty))
+                stack.enter_context(swapped(module, hookless(functools.partial(enter, path))))
             yield export.calls
     finally:
         _current.pop()

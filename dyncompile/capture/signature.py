@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,6 +58,13 @@ class Signature:
     def single(self) -> bool:
         """One argument that is a tensor: the call needs no flattening."""
         return len(self.arguments) == 1 and self.spec.num_leaves == 1 and not self.constants
+
+    def flat(self) -> inspect.Signature:
+        """The signature of a forward that takes the tensors alone, one by one."""
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        names = [re.sub(r"\W", "_", name) for name in self.names]
+        unique = [f"{name}_{i}" if name in names[:i] else name for i, name in enumerate(names)]
+        return inspect.Signature([inspect.Parameter(name, kind) for name in unique])
 
     def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The tensors of a call, in the order of `names`.

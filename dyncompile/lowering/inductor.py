@@ -1,29 +1,30 @@
 """Segments compiled by inductor: weights frozen, batch dynamic, called without guards.
 
-A segment goes through `torch._inductor.compile_fx` directly. What that returns is wrapped by AOTAutograd and, under
-`torch.compile`, by dynamo's guards; both exist for cases a segment never has (autograd, mutation, Python control flow),
-so the program that inductor generated is kept and called itself.
+A segment goes through `torch._inductor.compile_fx` directly, and the program that inductor
+generated is called as it is: without the wrappers of AOTAutograd and the guards of dynamo, which
+exist for what a segment never does (autograd, mutation, Python control flow).
 
 Three things are done that inductor leaves undone when the batch is symbolic:
 
-- Convolution weights are packed for the example's batch. Inductor packs them at every call as soon as a size is
-  symbolic, which doubles the time of a ResNet-18 at batch 1. oneDNN reads the packed form at any batch.
-- Guards are kept and looked at, not dropped: a program serves the batch sizes for which what tracing assumed holds.
-  Those of a convolution's choice of eager kernel are left out, as that kernel does not run.
-- Every tensor at a border is dense, channels-last where it is so in eager mode and row-major elsewhere, so nothing is
-  converted between segments.
+- Convolution weights are packed for the example's batch. Inductor packs them in every call as soon
+  as a size is symbolic, which doubles the time of a ResNet-18 at batch 1; so does AOTInductor.
+- What tracing assumed of the batch size is kept and looked at: a program serves the batch sizes for
+  which it holds. What was assumed to choose the eager kernel of a convolution is left out, as that
+  kernel does not run.
+- Every tensor at a border is dense: channels-last where it is so in eager mode, else row-major.
+  Nothing is converted between segments.
 
-Segments of equal structure are not merged. Their kernels are: inductor keys compiled C++ and Triton by source, and
-frozen weights are arguments to it. What would be left to share is the code generation, a tenth of a second; weights as
-inputs would in exchange stay unfolded and unpacked.
+Segments of equal structure are not merged, but their kernels are: inductor keys compiled C++ and
+Triton by source, and frozen weights are arguments of a kernel. Left to share would be the
+generation of Python code, less than a tenth of a segment's compile time. The graph is traced and
+folded for each set of weights; weights lifted to inputs would stay unfolded and unpacked.
 """
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.source import ConstantSource
@@ -61,15 +62,17 @@ def compile_segment(
 ) -> "CompiledSegment":
     """Compile a straight-line segment for every batch size.
 
-    The weights are read now and copied: the segment's modules are neither changed nor looked at again.
+    The weights are read now and copied: the segment's modules are neither changed nor looked at
+    again.
 
     Args:
         segment: Takes the tensors of `example_inputs`, returns a tuple of tensors.
-        example_inputs: One tensor per input. Their shapes, dtypes, devices and memory formats count, not their values;
-            their batch size is the one that weights are packed for. Four-dimensional features should be channels-last
-            if the model convolves.
+        example_inputs: One tensor an input. Shapes, dtypes, devices and memory formats count, not
+            values. Weights are packed for their batch size. Images and feature maps should be
+            channels-last if the model convolves.
         inputs: How each input carries the batch.
-        cudagraphs: Record and replay CUDA graphs, one per batch size. Outputs are then overwritten by the next call.
+        cudagraphs: Record and replay CUDA graphs, one a batch size. The next call then overwrites
+            the outputs.
 
     Raises:
         ArgumentError: `inputs` does not fit `example_inputs`.
@@ -111,15 +114,16 @@ class _Program:
 
     Attributes:
         run: Takes a list of the batch size and the tensors, and empties it.
-        guards: What was assumed of the batch size, as expressions in `symbol`.
+        symbol: The batch size, a sympy symbol.
+        guards: What was assumed of it, sympy relations.
     """
 
     run: Callable[[list[Any]], Sequence[Tensor]]
-    symbol: sympy.Symbol
-    guards: tuple[sympy.Basic, ...]
+    symbol: Any
+    guards: tuple[Any, ...]
 
     def serves(self, batch: int) -> bool:
-        return all(guard.xreplace({self.symbol: sympy.Integer(batch)}) for guard in self.guards)
+        return all(guard.subs(self.symbol, batch) for guard in self.guards)
 
 
 class CompiledSegment:
@@ -127,10 +131,6 @@ class CompiledSegment:
 
     Call it under `torch.inference_mode()` or `torch.no_grad()`. Inputs may have any strides; those
     laid out as the examples were are not copied. An output may share memory with an input.
-
-    Attributes:
-        programs: How many programs were compiled: one, unless the code depends on the range that
-            the batch size lies in.
     """
 
     def __init__(
@@ -147,14 +147,15 @@ class CompiledSegment:
         self._inputs = tuple(inputs)
         self._formats = [_memory_format(t) for t in example_inputs]
         self._cudagraphs = cudagraphs
-        # Constants of the program lie in this copy, so the user's weights may change or go.
-        self._segment = copy.deepcopy(segment).eval()
+        # Constants of a program lie in this copy, so the user's weights may change or go.
+        self._segment: nn.Module | None = copy.deepcopy(segment).eval()
         self._programs: list[_Program] = []
         self._serving: dict[int, _Program] = {}
         self.warmup([max(batch, 2)])
 
     @property
     def programs(self) -> int:
+        """How many were compiled: one, unless code depends on the range of the batch size."""
         return len(self._programs)
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -184,6 +185,8 @@ class CompiledSegment:
         if program is None:
             program = self._compile(max(batch, 2))
             self._programs.append(program)
+            if not program.guards:
+                self._segment = None  # no other program will be needed
         self._serving[batch] = program
         return program
 
@@ -204,13 +207,13 @@ class CompiledSegment:
                 fake = torch.empty(size, dtype=example.dtype, device=device, memory_format=layout)
             fakes.append(fake)
 
+        entry = _Entry(cast("nn.Module", self._segment))
         code: list[Any] = []
 
         def keep(gm: fx.GraphModule, inputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
             if len(inputs) != len(fakes):
                 raise LoweringError(
-                    "the segment changes or returns one of its own parameters or buffers, so it"
-                    " cannot be frozen"
+                    "the segment changes or returns one of its own parameters or buffers, so it cannot be frozen"
                 )
             _pack_convolutions(gm, {symbol: hint})
             code.append(compile_fx_inner(gm, inputs, *args, **kwargs))
@@ -222,11 +225,9 @@ class CompiledSegment:
             "triton.cudagraphs": self._cudagraphs,
         }
         with torch.no_grad(), config.patch(patches), tracing(TracingContext(fake_mode)):
-            compile_fx(_Entry(self._segment), fakes, inner_compile=keep)
+            compile_fx(cast("fx.GraphModule", entry), fakes, inner_compile=keep)
         if symbol in env.replacements:
-            raise LoweringError(
-                f"the segment computes something tied to the example's batch size, {hint}: {env.replacements}"
-            )
+            raise LoweringError(f"the segment computes something tied to the example's batch size, {hint}")
         guards = tuple(guard.expr for guard in env.guards if not _picks_eager_kernel(guard))
         return _Program(run=code[0].current_callable, symbol=symbol, guards=guards)
 
@@ -243,6 +244,9 @@ class _Entry(nn.Module):
 
     def forward(self, _: int, *tensors: Tensor) -> list[Tensor]:
         outputs = pytree.tree_leaves(self.segment(*tensors))
+        for output in outputs:
+            if not isinstance(output, Tensor):
+                raise LoweringError(f"a segment returns tensors only, not {output!r}")
         return [t.contiguous(memory_format=_memory_format(t)) for t in outputs]
 
 
@@ -255,14 +259,10 @@ def _memory_format(tensor: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def _batch(
-    examples: Sequence[Tensor], inputs: Sequence[SegmentInput]
-) -> tuple[tuple[int, int, int], int]:
+def _batch(examples: Sequence[Tensor], inputs: Sequence[SegmentInput]) -> tuple[tuple[int, int, int], int]:
     """Where to read the batch size, as (input, dimension, rows a sample), and the examples'."""
     if len(inputs) != len(examples):
-        raise ArgumentError(
-            "inputs", found=f"{len(inputs)} entries", expected=f"{len(examples)}, one an example"
-        )
+        raise ArgumentError("inputs", found=f"{len(inputs)} entries", expected=f"{len(examples)}, one an example")
     found = [
         ((i, given.batch_dim, given.rows), divmod(example.shape[given.batch_dim], given.rows))
         for i, (example, given) in enumerate(zip(examples, inputs, strict=True))
@@ -278,19 +278,18 @@ def _batch(
     return found[0][0], found[0][1][0]
 
 
-def _pack_convolutions(gm: fx.GraphModule, hint: dict[sympy.Symbol, int]) -> None:
+def _pack_convolutions(gm: fx.GraphModule, hint: dict[Any, int]) -> None:
     """Bring the frozen weights of oneDNN convolutions into the layout that its kernels read."""
     if not torch.backends.mkldnn.is_available():
         return
 
     def known(size: Any) -> int:
-        return int(size.node.expr.xreplace(hint)) if isinstance(size, torch.SymInt) else size
+        return int(size.node.expr.subs(hint)) if isinstance(size, torch.SymInt) else size
 
     pack = torch.ops.mkldnn._reorder_convolution_weight.default
+    convolution = torch.ops.mkldnn._convolution_pointwise.default
     with _disable_current_modes():
-        for node in gm.graph.find_nodes(
-            op="call_function", target=torch.ops.mkldnn._convolution_pointwise.default
-        ):
+        for node in gm.graph.find_nodes(op="call_function", target=convolution):
             source, weight, _, *geometry = node.args[:7]
             if weight.op != "get_attr" or weight.meta["val"].device.type != "cpu":
                 continue
@@ -309,6 +308,5 @@ def _pack_convolutions(gm: fx.GraphModule, hint: dict[sympy.Symbol, int]) -> Non
 
 def _picks_eager_kernel(guard: Any) -> bool:
     """Whether a guard stems from choosing the kernel that a convolution would run in eager mode."""
-    return "fake_impls.py" in str(guard.sloc.framework_loc) and " in conv" in str(
-        guard.sloc.framework_loc
-    )
+    place = str(guard.sloc.framework_loc)
+    return "fake_impls.py" in place and " in conv" in place

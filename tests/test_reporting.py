@@ -1,6 +1,7 @@
 """The report of a real small model, from calibration to the page in a reader's hands."""
 
 import base64
+import copy
 import dataclasses
 import html
 import re
@@ -344,3 +345,17 @@ def test_depth_is_light_to_dark() -> None:
         light = [sum(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in colours]
         assert len(set(colours)) == count
         assert light == sorted(light, reverse=True)
+
+
+def test_measured_time_is_the_unit_of_the_regions_too(calibration: Calibration, tmp_path: Path) -> None:
+    assert calibration.evidence is not None
+    dyn = copy.deepcopy(calibration.evidence.dyn)
+    for node in dyn.graph.fx.nodes:  # what lowering would have measured: a microsecond a layer
+        node.meta["seconds"] = 1e-6 * (node.op == "call_module")
+    evidence = dataclasses.replace(calibration.evidence, dyn=dyn)
+    dataclasses.replace(calibration, unit="time", evidence=evidence).report(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "in measured time" in page
+    model = dyn.cost_model([name for name, on in calibration.enabled.items() if on], unit="time")
+    shares = [row[2] for row in table(page, "Region runs").values()][:-1]
+    assert shares == [f"{100 * weight:.1f} %" for weight in model.weights]

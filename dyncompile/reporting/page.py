@@ -12,7 +12,7 @@ from dyncompile.calibration.evidence import Evidence, Picture
 from dyncompile.calibration.result import Calibration
 from dyncompile.demand import Region
 from dyncompile.errors import ArgumentError, require
-from dyncompile.module import DynamicModule
+from dyncompile.module import DynamicModule, Unit
 from dyncompile.recipe import Recipe
 from dyncompile.reporting.figures import INK, depth_colours, frontier, is_dark, thumbnail
 
@@ -117,7 +117,8 @@ def _regions(calibration: Calibration, evidence: Evidence, colours: Mapping[str,
 
     A region has the colour of the exit at which the samples leave that need no more than it.
     """
-    model = evidence.dyn.cost_model([name for name, on in calibration.enabled.items() if on])
+    unit: Unit = "time" if calibration.unit == "time" else "flops"
+    model = evidence.dyn.cost_model([name for name, on in calibration.enabled.items() if on], unit=unit)
     total = sum(model.weights) or 1.0
     chain = [colours[s.name] for s in (*calibration.exits, calibration.final) if s.enabled]
     if len(chain) != len(model.regions):  # more than exits decide

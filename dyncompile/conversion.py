@@ -71,7 +71,11 @@ def dynamize(
         model, args, kwargs, batch_dims=batch_dims, prediction=prediction,
         prediction_only=prediction_only, inplace=inplace,
     )
-    graph.task = task or _infer_task(graph)
+    inferred = _infer_task(graph)
+    if task == "classification" and inferred == "regression":
+        shape = list(spec(graph.prediction).shape)
+        raise ArgumentError("task", found=f"'classification' of a prediction {shape}", expected="two classes or more")
+    graph.task = task or inferred
     recipe = describe(graph, model, origin, prediction_only=prediction_only)
     done: list[str] = []
     for item in passes:

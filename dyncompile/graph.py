@@ -109,6 +109,11 @@ class Graph:
         """FLOPs of a node per sample (a multiply-add is two), as `torch.utils.flop_counter` counts them."""
         return float(node.meta["flops"])
 
+    @property
+    def total_flops(self) -> float:
+        """FLOPs of the static model per sample."""
+        return sum(self.flops(node) for node in self.fx.nodes if "inserted" not in node.meta)
+
     def parameter_bytes(self, node: Node) -> int:
         """Bytes of the parameters that a node reads."""
         module = self.module_of(node)

@@ -2,6 +2,6 @@
 
 from dyncompile.nn.criteria import CRITERIA, Criterion, certainty
 from dyncompile.nn.exits import Exit
-from dyncompile.nn.heads import Pool, build_head
+from dyncompile.nn.heads import Feature, Pool, build_head
 
-__all__ = ["CRITERIA", "Criterion", "Exit", "Pool", "build_head", "certainty"]
+__all__ = ["CRITERIA", "Criterion", "Exit", "Feature", "Pool", "build_head", "certainty"]

@@ -13,32 +13,33 @@ from dyncompile.errors import ArgumentError
 class Criterion(Protocol):
     """Maps logits to confidence.
 
-    Called with `logits` `[N, K, ...]` (classes in dim 1, already divided by the temperature) and the `earlier`
-    exits' logits in order; returns `[N, ...]` in [0, 1], larger for surer.
+    Called with `logits` `[N, K, ...]` (classes in dim 1, already divided by the temperature) and
+    the `earlier` exits' logits in order; returns `[N, ...]` in [0, 1], larger for surer.
     """
 
-    def __call__(self, logits: Tensor, earlier: Sequence[Tensor], /) -> Tensor: ...
+    def __call__(self, logits: Tensor, earlier: Sequence[Tensor], /) -> Tensor:
+        """Confidence of each prediction."""
 
 
-def max_softmax(logits: Tensor, earlier: Sequence[Tensor] = ()) -> Tensor:
-    """The largest class probability (BranchyNet's rivals; Shallow-Deep Networks, arXiv 1810.07052)."""
+def max_softmax(logits: Tensor, _: Sequence[Tensor] = ()) -> Tensor:
+    """The largest class probability (Shallow-Deep Networks, arXiv 1810.07052)."""
     return logits.softmax(1).amax(1)
 
 
-def margin(logits: Tensor, earlier: Sequence[Tensor] = ()) -> Tensor:
+def margin(logits: Tensor, _: Sequence[Tensor] = ()) -> Tensor:
     """The gap between the two largest class probabilities."""
     top = logits.softmax(1).topk(2, dim=1).values
     return top[:, 0] - top[:, 1]
 
 
-def entropy(logits: Tensor, earlier: Sequence[Tensor] = ()) -> Tensor:
+def entropy(logits: Tensor, _: Sequence[Tensor] = ()) -> Tensor:
     """One minus the normalised entropy (BranchyNet, arXiv 1709.01686)."""
     log = logits.log_softmax(1)
     return 1 + (log.exp() * log).sum(1) / math.log(logits.shape[1])
 
 
 def patience(logits: Tensor, earlier: Sequence[Tensor] = ()) -> Tensor:
-    """How many exits in a row, this one included, agree on the class, over how many there were (PABEE, arXiv 2006.04152).
+    """Of the exits before, how many in a row agree on the class, as a share of all (PABEE, arXiv 2006.04152).
 
     The first exit has nothing to agree with: its confidence is 0.
     """
@@ -76,6 +77,11 @@ def certainty(name: str | Criterion) -> Criterion:
     if name not in CRITERIA:
         raise ArgumentError("criterion", found=repr(name), expected=f"one of {sorted(CRITERIA)} or a callable")
     return CRITERIA[name]
+
+
+def reads_earlier(criterion: Criterion) -> bool:
+    """Whether a criterion may look at the exits before; those must then run even where they are disabled."""
+    return criterion is patience or criterion not in CRITERIA.values()
 
 
 def classes_first(logits: Tensor, class_dim: int) -> Tensor:

@@ -15,13 +15,15 @@ _SHARPNESS = 20.0
 class Exit(nn.Module):
     """A prediction head with a criterion.
 
-    Buffers `threshold`, `temperature` (float32) and `enabled` (bool) are what calibration sets. A sample leaves in
-    evaluation where `enabled & (confidence >= threshold)`; in training nobody does.
+    Buffers `threshold`, `temperature` (float32) and `enabled` (bool) are what calibration sets. A
+    sample leaves in evaluation where `enabled & (confidence >= threshold)`; in training nobody
+    does.
 
     Args:
-        head: Maps the features (one or several tensors) to a prediction; a regression head to (prediction, logit of
-            the confidence).
-        criterion: Name or callable of `dyncompile.nn.criteria`; unused by regression, whose head learns it.
+        head: Maps the features (one or several tensors) to a prediction; a regression head to
+            (prediction, logit of the confidence).
+        criterion: Name or callable of `dyncompile.nn.criteria`; unused by regression, whose head
+            learns it.
         reduction: How the confidences of one sample's pixels or tokens become one.
         class_dim: Dim of the prediction that holds the classes.
         features: How many leading inputs are features; the rest are earlier exits' predictions.
@@ -56,10 +58,13 @@ class Exit(nn.Module):
         self.register_buffer("enabled", torch.tensor(False))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Exit":
-        """Keep threshold and temperature in float32 when the model is cast to another dtype."""
-        super()._apply(fn, recurse)
-        for name in ("threshold", "temperature"):
-            self._buffers[name] = getattr(self, name).float()
+        """Keep threshold and temperature in float32, to the bit, when the model is cast to another dtype."""
+        before = {name: self._buffers[name] for name in ("threshold", "temperature")}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, exact in before.items():
+            moved = self._buffers[name]
+            if exact is not None and moved is not None and moved.dtype != exact.dtype:
+                self._buffers[name] = exact.to(moved.device)
         return self
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,8 +74,8 @@ class Exit(nn.Module):
             inputs: `features` tensors that the head reads, then the earlier exits' predictions.
 
         Returns:
-            prediction (the model's output shape), confidence `[N]` in [0, 1], decision `[N]`: bool in evaluation,
-            zeros of the prediction's dtype in training.
+            prediction (the model's output shape), confidence `[N]` in [0, 1], decision `[N]`: bool
+            in evaluation, zeros of the prediction's dtype in training.
         """
         output: Any = self.head(*inputs[: self.features])
         if self.learned:
@@ -80,7 +85,11 @@ class Exit(nn.Module):
             prediction = output
             confidence = self.confidence_of(prediction, inputs[self.features :])
         if self.training:
-            return prediction, confidence, torch.zeros_like(confidence, dtype=prediction.dtype).detach()
+            return (
+                prediction,
+                confidence,
+                torch.zeros_like(confidence, dtype=prediction.dtype).detach(),
+            )
         return prediction, confidence, self.enabled & (confidence >= self.threshold)
 
     def confidence_of(self, prediction: Tensor, earlier: Sequence[Tensor] = ()) -> Tensor:
@@ -105,6 +114,7 @@ class Exit(nn.Module):
         return torch.sigmoid(_SHARPNESS * (confidence - self.threshold))
 
     def extra_repr(self) -> str:
+        """What calibration set."""
         return (
             f"enabled={bool(self.enabled)}, threshold={float(self.threshold):.4g}, "
             f"temperature={float(self.temperature):.4g}"

@@ -19,7 +19,8 @@ class Feature:
         shape: Sizes for a batch of one.
         batch_dim: Where the samples are.
         channel_dim: Where the channels are.
-        pool: How the other dims become one vector: `mean`, `cls` (first token) or `last` (last token or step).
+        pool: How the other dims become one vector: `mean`, `cls` (first token) or `last` (last
+            token or step).
         masked: A mask `[N, L]` of the tokens follows as a further input.
         padding: The mask marks padding instead of tokens to keep.
     """
@@ -45,8 +46,9 @@ class Pool(nn.Module):
         self.feature = feature
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Pool `x`, of the shape the feature tells, over the tokens that a mask `[N, L]` keeps."""
         f = self.feature
-        x = x.movedim((f.batch_dim, f.channel_dim), (0, -1)) if f.batch_dim else x.movedim(f.channel_dim, -1)
+        x = x.movedim((f.batch_dim, f.channel_dim), (0, -1))
         if x.dim() == 2:
             return x
         x = x.flatten(1, -2)
@@ -65,11 +67,19 @@ class Pool(nn.Module):
 class VectorHead(nn.Module):
     """Pool every feature, concatenate, normalise, project: `[N, K]`.
 
-    With `hidden` a small convolution (or token-wise layer) precedes the pooling of the last feature. With
-    `learned` a second projection gives the logit of a learned confidence.
+    A mixer (a small convolution) precedes the pooling of the last feature. With `learned` a second projection gives
+    the logit of a learned confidence.
     """
 
-    def __init__(self, features: Sequence[Feature], classes: int, *, mixer: nn.Module | None, squeeze: bool, learned: bool) -> None:
+    def __init__(
+        self,
+        features: Sequence[Feature],
+        classes: int,
+        *,
+        mixer: nn.Module | None,
+        squeeze: bool,
+        learned: bool,
+    ) -> None:
         super().__init__()
         self.pools = nn.ModuleList(Pool(feature) for feature in features)
         self.mixer = mixer
@@ -81,6 +91,7 @@ class VectorHead(nn.Module):
         self.squeeze = squeeze
 
     def forward(self, *inputs: Tensor) -> Any:
+        """Predict from each feature, followed by its mask where it has one."""
         queue = list(inputs)
         pooled = []
         for i, (pool, masked) in enumerate(zip(self.pools, self.masked, strict=True)):
@@ -104,6 +115,7 @@ class TokenHead(nn.Module):
         self.project = nn.Linear(feature.channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Predict for every token."""
         return self.project(self.norm(x))  # type: ignore[no-any-return]
 
 
@@ -118,6 +130,7 @@ class DenseHead(nn.Module):
         self.last = feature.channel_dim != 1
 
     def forward(self, x: Tensor) -> Tensor:
+        """Predict for every pixel."""
         x = x.movedim(-1, 1) if self.last else x
         x = self.mixer(x) if self.mixer is not None else x
         return nn.functional.interpolate(self.project(x), self.size, mode="bilinear", align_corners=False)
@@ -133,6 +146,7 @@ class ConvMixer(nn.Module):
         self.norm = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Mix neighbours."""
         return self.norm(self.conv(x)).relu()  # type: ignore[no-any-return]
 
 
@@ -142,14 +156,20 @@ def _groups(channels: int) -> int:
 
 
 def build_head(
-    kind: str, features: Sequence[Feature], output: tuple[int, ...], class_dim: int, *, learned: bool = False
+    kind: str,
+    features: Sequence[Feature],
+    output: tuple[int, ...],
+    class_dim: int,
+    *,
+    learned: bool = False,
 ) -> nn.Module:
     """Build a head for an output shape.
 
     Args:
         kind: `linear` (pool, norm, linear) or `conv` (a small convolution before it).
         features: What it reads; only the last is used for token and pixel outputs.
-        output: The prediction's sizes for a batch of one: `(1, K)`, `(1,)`, `(1, L, K)` or `(1, K, H, W)`.
+        output: The prediction's sizes for a batch of one: `(1, K)`, `(1,)`, `(1, L, K)` or `(1, K,
+            H, W)`.
         class_dim: Which of them are the classes.
         learned: Also predict the logit of a confidence.
 
@@ -176,5 +196,7 @@ def build_head(
     if len(output) == 4 and class_dim == 1 and len(last.shape) == 4:
         return DenseHead(last, output[1], (output[2], output[3]), mixer=mixer)
     raise ArgumentError(
-        "head", found=f"features {list(last.shape)} and output {list(output)}", expected="tokens to tokens or pixels to pixels"
+        "head",
+        found=f"features {list(last.shape)} and output {list(output)}",
+        expected="tokens to tokens or pixels to pixels",
     )

@@ -170,7 +170,7 @@ def run(settings: Settings, console: Console) -> dict[str, Row]:
     (settings.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     console.print(_table(rows, settings))
     if settings.report:
-        calibration.report(settings.out / "report.html")
+        calibration.report(settings.out / "report.html", measurements=rows, classes=images.classes)
     console.print(f"written to {settings.out}/")
     return rows
 

@@ -36,18 +36,20 @@ def means(space, passed, losses, levels):
 @pytest.mark.parametrize("exits", [1, 2, 3])
 def test_search_is_as_good_as_trying_everything(exits):
     confidence, losses = pool(400, exits)
-    space = ThresholdSpace(confidence, costs, resolution=12)
-    passed = space.passed(confidence)
-    everything = [
-        means(space, passed, losses, levels) for levels in itertools.product(*(range(off + 1) for off in space.off))
-    ]
-    path = [means(space, passed, losses, levels) for levels in space.path(passed, losses)]
+    coarse = ThresholdSpace(confidence, costs, resolution=12)
+    passed = coarse.passed(confidence)
+    vectors = itertools.product(*(range(off + 1) for off in coarse.off))
+    everything = [means(coarse, passed, losses, levels) for levels in vectors]
+    path = [means(coarse, passed, losses, levels) for levels in coarse.path(passed, losses)]
     for price in (0.5, 2, 5, 20, 100):
         best = min(cost + price * risk for risk, cost in everything)
         assert min(cost + price * risk for risk, cost in path) <= best + 2e-3
+    fine = ThresholdSpace(confidence, costs)
+    passed = fine.passed(confidence)
+    path = [means(fine, passed, losses, levels) for levels in fine.path(passed, losses)]
     for limit in (0.005, 0.02, 0.05, 0.1):
         best = min(cost for risk, cost in everything if risk <= limit)
-        assert min(cost for risk, cost in path if risk <= limit) <= best + 0.02
+        assert min(cost for risk, cost in path if risk <= limit) <= best + 0.03
 
 
 def test_joint_thresholds_beat_a_common_one():
@@ -128,25 +130,10 @@ def test_discrete_confidences(values):
         assert (space.leave(passed, levels) == expected).all()
 
 
-def test_smoothed_losses_keep_their_mean_and_rank_confidences():
-    confidence, losses = pool(5000, 2)
+def test_thresholds_lie_between_confidences():
+    """So that a last bit, which another batch size may change, does not move all who are sure."""
+    confidence = np.float32([0.2, 0.6, 1.0] * 100)[:, None]
     space = ThresholdSpace(confidence, costs)
-    smooth = space.smoothed(space.passed(confidence), losses)
-    assert smooth.mean(0) == pytest.approx(losses.mean(0), abs=2e-3)
-    assert smooth.var(0)[:2].max() < losses.var(0)[:2].max()
-    assert (smooth[:, 2] == 0).all()
-
-
-def test_smoothing_lowers_the_cost_on_new_samples():
-    confidence, losses = pool(40_000, 8, seed=3)
-    gains = []
-    for start in range(0, 6000, 1500):
-        part = slice(start, start + 1500)
-        space = ThresholdSpace(confidence[part], costs)
-        passed, new = space.passed(confidence[part]), space.passed(confidence[6000:])
-        cheapest = []
-        for used in (losses[part], space.smoothed(passed, losses[part])):
-            path = [means(space, new, losses[6000:], v) for v in space.path(passed, used)]
-            cheapest.append(min(cost for risk, cost in path if risk <= 0.02))
-        gains.append(cheapest[0] - cheapest[1])
-    assert np.mean(gains) > 0
+    assert space.grids[0] == pytest.approx([0, 0.4, 0.8])
+    shaken = np.nextafter(confidence, np.float32(0))
+    assert (space.passed(shaken) == space.passed(confidence)).all()

@@ -86,9 +86,7 @@ def calibrate(
         raise ArgumentError("unit", found=repr(unit), expected="'flops' or 'time'")
     exits = list(getattr(dyn, "exits", ()))
     if not exits:
-        raise ArgumentError(
-            "dyn", found="a model without exits", expected="dynamize(model, strategy='early_exit')"
-        )
+        raise ArgumentError("dyn", found="a model without exits", expected="dynamize(model, strategy='early_exit')")
     recording = record(
         dyn,
         data,
@@ -106,7 +104,7 @@ def calibrate(
 
     def cost_of(enabled: tuple[bool, ...]) -> Array:
         names = [name for name, on in zip(exits, enabled, strict=True) if on]
-        costs = dyn.exit_costs(names) if unit == "flops" else dyn.exit_costs(names, unit=unit)
+        costs = dyn.exit_costs(names, unit=unit)
         return np.array([costs.get(name, np.nan) for name in (*exits, "final")])
 
     scores = recording.at(fitted)
@@ -120,10 +118,9 @@ def calibrate(
         unit=unit,
         seed=seed,
     )
+    evidence = _evidence(dyn, recording, scores, calibration, held_out)
     calibration.apply(dyn)
-    return dataclasses.replace(
-        calibration, evidence=_evidence(dyn, recording, scores, calibration, held_out)
-    )
+    return dataclasses.replace(calibration, evidence=evidence)
 
 
 def _evidence(

@@ -166,9 +166,7 @@ def choose(
     seen, unseen = scores.confidence[design], scores.confidence[held_out]
     space = ThresholdSpace(seen, cost_of)
     reached, losses = space.passed(seen), scores.losses[design]
-    # "greedy" is to do best on these very samples.
-    smooth = losses if target.method == "greedy" else space.smoothed(reached, losses)
-    path = space.path(reached, smooth)
+    path = space.path(reached, losses)
     static = float(space.costs(space.off)[-1])
     if path[-1] == space.off:
         raise UnreachableTargetError("no exit saves anything: each costs as much as it spares or is wrong too often")

@@ -131,14 +131,10 @@ class Calibration:
         names = [setting.name for setting in self.exits]
         exits: Any = dyn.exits
         if set(exits) != set(names):
-            raise ArgumentError(
-                "dyn", found=f"the exits {', '.join(exits) or 'none'}", expected=", ".join(names)
-            )
+            raise ArgumentError("dyn", found=f"the exits {', '.join(exits) or 'none'}", expected=", ".join(names))
         for setting in self.exits:
             if not 0 <= setting.threshold <= 1:
-                raise ArgumentError(
-                    f"threshold of {setting.name}", found=setting.threshold, expected="in [0, 1]"
-                )
+                raise ArgumentError(f"threshold of {setting.name}", found=setting.threshold, expected="in [0, 1]")
             if not 0 < setting.temperature < math.inf:
                 raise ArgumentError(
                     f"temperature of {setting.name}",
@@ -255,10 +251,7 @@ class Calibration:
             lines.append(f"no guarantee: measured on the {self.held_out_samples} samples tuned on")
         else:
             lines.append(f"risk at most {self.bound:.4f} with probability {self.confidence:g}")
-            lines.append(
-                f"designed on {self.design_samples} samples, measured on "
-                f"{self.held_out_samples} others"
-            )
+            lines.append(f"designed on {self.design_samples} samples, measured on {self.held_out_samples} others")
         return "\n".join(lines)
 
 

@@ -104,9 +104,7 @@ def record(
             rows.append(_score(dyn, *moved, loss))
             gallery.add(moved[0], rows[-1]["confidence"])
             flat = flat and targets.ndim == 1
-    columns = (
-        {name: torch.cat([row[name] for row in rows]).numpy() for name in rows[0]} if rows else {}
-    )
+    columns = {name: torch.cat([row[name] for row in rows]).numpy() for name in rows[0]} if rows else {}
     if not columns or not len(columns["losses"]):
         raise DataError("data", found="no samples", expected="at least one")
     return Recording(
@@ -195,14 +193,10 @@ def _check_labels(logits: Tensor, targets: Tensor) -> None:
 def _loss(loss: Loss, prediction: Tensor, targets: Tensor, final: Tensor) -> Tensor:
     values: Any = loss(prediction, targets, final)
     if not isinstance(values, Tensor) or values.shape != (len(prediction),):
-        found = (
-            f"shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-        )
+        found = f"shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         raise ArgumentError("risk", found=found, expected="a tensor [N], one loss per sample")
     if not bool(((values >= 0) & (values <= 1)).all()):
-        raise ArgumentError(
-            "risk", found="values that are NaN or outside [0, 1]", expected="in [0, 1]"
-        )
+        raise ArgumentError("risk", found="values that are NaN or outside [0, 1]", expected="in [0, 1]")
     return values.double()
 
 

@@ -22,7 +22,6 @@ CostOf = Callable[[tuple[bool, ...]], Array]
 
 _PRICES = 48
 _STEPS = 4
-_SMOOTHING = 0.03
 _SWEEPS = 6
 
 
@@ -36,11 +35,7 @@ class ThresholdSpace:
     """
 
     def __init__(self, confidence: NDArray[np.float32], cost_of: CostOf, *, resolution: int = 200) -> None:
-        shares = np.linspace(0, 1, resolution)
-        # Quantiles that were observed, so that a threshold is exact in the model's own precision.
-        quantiles = np.quantile(confidence, shares, axis=0, method="inverted_cdf").T
-        # The lowest is 0, so that everything leaves there, unseen samples too.
-        self.grids = [np.unique(np.append(q[q > q.min()], np.float32(0))) for q in quantiles]
+        self.grids = [_grid(column, resolution) for column in confidence.T]
         self.off: Levels = tuple(len(grid) for grid in self.grids)
         self._cost_of = cache(cost_of)
 
@@ -121,29 +116,6 @@ class ThresholdSpace:
             levels[index] = best if totals[best] < without - 1e-9 * samples else self.off[index]
             leave = np.where(passed[:, index] > levels[index], index, leave)
 
-    def smoothed(self, passed: NDArray[np.int32], losses: Array) -> Array:
-        """Losses half replaced by the mean loss at similar confidence.
-
-        Thresholds searched on these fit less to the luck of single samples.
-
-        Args:
-            passed: What `passed` gave, `[N, E]`.
-            losses: Losses by exit and at the end, `[N, E + 1]`.
-
-        Returns:
-            `[N, E + 1]`.
-        """
-        smooth = losses.copy()
-        for index, bins in enumerate(self.off):
-            column, length = passed[:, index], bins + 1
-            window = np.ones(2 * int(_SMOOTHING * length) + 1)
-            count = np.bincount(column, minlength=length)
-            total = np.bincount(column, weights=losses[:, index], minlength=length)
-            near = np.maximum(np.convolve(count, window)[len(window) // 2 :][:length], 1)
-            rate = np.convolve(total, window)[len(window) // 2 :][:length] / near
-            smooth[:, index] = (losses[:, index] + rate[column]) / 2
-        return smooth
-
     def path(self, passed: NDArray[np.int32], losses: Array) -> list[Levels]:
         """Threshold vectors from the safest to the cheapest.
 
@@ -151,7 +123,7 @@ class ThresholdSpace:
 
         Args:
             passed: What `passed` gave, `[N, E]`.
-            losses: Losses by exit and at the end, `[N, E + 1]`, as they are or `smoothed`.
+            losses: Losses by exit and at the end, `[N, E + 1]`.
 
         Returns:
             Levels; where no exit is as safe as the full depth, all exits off come first.
@@ -190,6 +162,20 @@ class ThresholdSpace:
     def _means(self, passed: NDArray[np.int32], losses: Array, levels: Levels) -> tuple[float, float]:
         loss, cost = self.outcome(passed, losses, levels)
         return float(loss.mean()), float(cost.mean())
+
+
+def _grid(confidence: NDArray[np.float32], resolution: int) -> NDArray[np.float32]:
+    """Thresholds at quantiles of one exit's confidences, ascending.
+
+    Each lies between two values that were seen, so that rounding, which differs from one batch size
+    or backend to the next, does not decide about many samples that are equally sure. The lowest is
+    0, where everything leaves.
+    """
+    seen = np.sort(confidence)
+    quantiles = seen[np.linspace(0, len(seen) - 1, resolution).astype(int)]
+    values = np.unique(quantiles[quantiles > seen[0]])
+    below = seen[np.searchsorted(seen, values) - 1]
+    return np.unique(np.append((values + below) / 2, np.float32(0)))
 
 
 def _between(safe: Levels, cheap: Levels) -> Iterator[Levels]:

@@ -27,9 +27,7 @@ def negative_log_likelihood(logits: Tensor, labels: Tensor, temperature: float) 
     Returns:
         `[N]`; 0 for a sample without a label.
     """
-    losses = F.cross_entropy(
-        logits / temperature, labels, reduction="none", ignore_index=IGNORE_INDEX
-    )
+    losses = F.cross_entropy(logits / temperature, labels, reduction="none", ignore_index=IGNORE_INDEX)
     return mean_of_labelled(losses, labels)
 
 

@@ -158,7 +158,7 @@ def test_batch_norm_is_folded_and_weights_are_packed(device: torch.device) -> No
     tensors = [images(2, device), images(2, device)]
     with torch.inference_mode():
         compiled(*tensors)
-        with torch.profiler.profile() as profile:
+        with torch.profiler.profile(acc_events=True) as profile:
             compiled(*tensors)
     ran = [event.name for event in profile.events()]
     assert not [name for name in ran if "batch_norm" in name]

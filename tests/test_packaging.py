@@ -28,9 +28,7 @@ HEAVY = [
 
 
 def run(*command, **options):
-    done = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, check=False, **options
-    )
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -49,10 +47,7 @@ def test_import_is_lean():
 
 def test_all_packages_are_listed():
     listed = PROJECT["tool"]["setuptools"]["packages"]
-    found = {
-        ".".join(path.parent.relative_to(ROOT).parts)
-        for path in (ROOT / "dyncompile").rglob("__init__.py")
-    }
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "dyncompile").rglob("__init__.py")}
     assert set(listed) == found | {"dyncompile.passes"}
 
 
@@ -121,10 +116,8 @@ def test_wheel_imports_where_there_is_no_source(dist, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     installed = [path for path in sys.path if "site-packages" in path]
     path = os.pathsep.join([str(tmp_path / "site"), *installed])
-    code = "import dyncompile.passes.early_exit as e; print(dyncompile.__file__, e.__file__)"
-    files = run(
-        environment / "bin" / "python", "-c", code, cwd=tmp_path, env={"PYTHONPATH": path}
-    ).split()
+    code = "import dyncompile, dyncompile.passes.early_exit as e; print(dyncompile.__file__, e.__file__)"
+    files = run(environment / "bin" / "python", "-c", code, cwd=tmp_path, env={"PYTHONPATH": path}).split()
     assert all(file.startswith(str(tmp_path / "site")) for file in files)
 
 

@@ -1,0 +1,63 @@
+"""The main job, at the smallest size: repeatable, resumable, complete."""
+
+import dataclasses
+import io
+import json
+
+import pytest
+import torch
+import torch._dynamo
+from rich.console import Console
+
+from dyncompile.demo.run import Settings, run
+from dyncompile.errors import ArgumentError
+
+
+@pytest.fixture
+def settings(tmp_path, device, needs, monkeypatch):
+    for package in ("sklearn", "lightning", "tensorboard", "jinja2", "matplotlib"):
+        needs(package)
+    # Inductor's speed is the benchmarks' business; here its forms run uncompiled.
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)
+    return Settings(
+        out=tmp_path / "first",
+        depth=8,
+        width=8,
+        epochs=2,
+        finetune_epochs=2,
+        max_drop=0.3,
+        repeats=1,
+        device=str(device),
+    )
+
+
+def outcome(rows):
+    return [(name, row.accuracy, row.cost) for name, row in rows.items()]
+
+
+@pytest.mark.slow
+def test_demo(settings, tmp_path, device):
+    console = Console(file=io.StringIO(), width=120)
+    first = run(settings, console)
+    text = console.file.getvalue()
+    for heading in ("accuracy", "counted cost", "time ratio", "static ResNet-8", "early exit"):
+        assert heading in text
+    static, dynamic, small = first.values()
+    assert static.cost == 1
+    assert 0 < dynamic.cost < 1
+    assert dynamic.cost <= small.cost < dynamic.cost + 0.3
+    assert min(row.seconds for row in first.values()) > 0
+    assert list(json.loads((settings.out / "result.json").read_text())) == list(first)
+    assert "<html" in (settings.out / "report.html").read_text()
+    assert sorted(path.name for path in (settings.out / "model").iterdir()) == [
+        "model.safetensors",
+        "recipe.json",
+    ]
+
+    if device.type == "cpu":
+        again = run(dataclasses.replace(settings, out=tmp_path / "second"), console)
+        assert outcome(again) == outcome(first)
+    resumed = run(dataclasses.replace(settings, resume=True), console)
+    assert outcome(resumed) == outcome(first)
+    with pytest.raises(ArgumentError, match=r"`resume`: found epochs=3; expected epochs=2"):
+        run(dataclasses.replace(settings, resume=True, epochs=3), console)

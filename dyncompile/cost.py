@@ -49,6 +49,11 @@ class CostModel:
 def _probability(guard: Guard, decisions: Mapping[str, Tensor], cache: dict[Guard, Tensor]) -> Tensor:
     if guard not in cache:
         unit, arm = guard[-1]
+        known = [way for step, way in guard[:-1] if step.decision is unit.decision]
+        if known:  # one decision does not fall twice
+            same = _probability(guard[:-1], decisions, cache)
+            cache[guard] = same if known[-1] == arm else torch.zeros_like(same)
+            return cache[guard]
         value = decisions[unit.name]
         if unit.decision.meta.get("route"):
             p = value[..., arm] if value.is_floating_point() else value == arm

@@ -8,30 +8,35 @@ from torch import Tensor, fx, nn
 from dyncompile.demand import sweep
 from dyncompile.errors import ArgumentError
 from dyncompile.graph import Graph, attribute, is_tensor, spec
+from dyncompile.placement import prefixes
 
 _LARGEST = 0.5
 
 
 def tail_start(graph: Graph, node: fx.Node) -> fx.Node:
-    """The last cut point with the shape of `node`: the model's tail reads what it yields.
+    """Where the model's tail starts for features like those of `node`.
+
+    Behind the last computation that yields their shape, and before what only normalises or masks it.
 
     Raises:
         ArgumentError: There is none behind `node`, or the tail is most of the model.
     """
+    depth = {cut: round(share, 6) for cut, share in prefixes(graph).items()}
     alike = [c for c in graph.cut_points if is_tensor(c) and spec(c) == spec(node)]
-    if not alike or alike[-1] is node:
+    if not alike or depth[alike[-1]] <= depth[node]:
         raise ArgumentError(
             "head",
             found=f"'clone' at features {list(spec(node).shape)}",
             expected="a later cut point of that shape, which the model's tail reads",
         )
-    if tail_flops(graph, alike[-1]) > _LARGEST * graph.total_flops:
+    start = next(cut for cut in alike if depth[cut] == depth[alike[-1]])
+    if tail_flops(graph, start) > _LARGEST * graph.total_flops:
         raise ArgumentError(
             "head",
             found="'clone' of a tail that is over half of the model",
             expected="a later cut point, or head='linear'",
         )
-    return alike[-1]
+    return start
 
 
 def tail_flops(graph: Graph, start: fx.Node) -> float:

@@ -89,7 +89,10 @@ class Pass(ABC):
         chosen = [s for s in found if isinstance(s, Site)]
         refused = [s for s in found if isinstance(s, Refusal)]
         if not chosen:
-            reasons = "; ".join(dict.fromkeys(f"{r.node}: {r.reason}" for r in refused))
+            places: dict[str, list[str]] = {}
+            for r in refused:
+                places.setdefault(r.reason, []).append(r.node)
+            reasons = "; ".join(f"{', '.join(nodes)}: {reason}" for reason, nodes in places.items())
             raise PassError(f"{context} found no site: {reasons or 'the graph offers none'}")
         expected = _outputs(graph)
         old = set(graph.fx.nodes)
@@ -120,7 +123,7 @@ def find(graph: Graph, name: str) -> fx.Node:
     """
     for node in graph.fx.nodes:
         if node.name == name:
-            return node
+            return node  # type: ignore[no-any-return]
     raise PassError(f"no node `{name}` in the graph: the sites were made for another model")
 
 

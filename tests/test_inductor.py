@@ -283,3 +283,15 @@ def test_examples_that_do_not_fit(shapes: list[tuple[int, ...]], inputs: list[Se
     with pytest.raises(ArgumentError) as error:
         compile_segment(segment, [torch.zeros(shape) for shape in shapes], inputs)
     assert error.value.argument == argument
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_one_input_channel_is_channels_last_from_there_on(device: torch.device, batch: int) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    model = model.to(device).eval()
+    compiled = compile_module(model, [torch.randn(4, 1, 10, 10, device=device)])
+    x = torch.randn(batch, 1, 10, 10, device=device)
+    with torch.no_grad():
+        (out,) = compiled(x)
+        torch.testing.assert_close(out, model(x), rtol=1e-4, atol=1e-5)
+    assert out.is_contiguous(memory_format=torch.channels_last)

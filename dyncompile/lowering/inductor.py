@@ -241,6 +241,11 @@ class _Entry(nn.Module):
     def __init__(self, segment: nn.Module) -> None:
         super().__init__()
         self.segment = segment
+        for owner in list(segment.modules()):
+            for name, child in owner.named_children():
+                single = isinstance(child, nn.Conv2d) and child.in_channels == 1
+                if single and not isinstance(owner, _OneChannelConv):
+                    setattr(owner, name, _OneChannelConv(cast("nn.Conv2d", child)))
 
     def forward(self, _: int, *tensors: Tensor) -> list[Tensor]:
         outputs = pytree.tree_leaves(self.segment(*tensors))
@@ -248,6 +253,26 @@ class _Entry(nn.Module):
             if not isinstance(output, Tensor):
                 raise LoweringError(f"a segment returns tensors only, not {output!r}")
         return [t.contiguous(memory_format=_memory_format(t)) for t in outputs]
+
+
+class _OneChannelConv(nn.Module):
+    """A convolution of one channel, computed with a second channel of zeros.
+
+    Of one channel row-major and channels-last are the same memory. With a symbolic batch inductor takes such an input
+    for row-major and oneDNN does not; what follows would run row-major at best, and fail an assertion at worst.
+    """
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.convolution = convolution
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv = self.convolution
+        if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+            return conv(x)  # type: ignore[no-any-return]
+        wide = nn.functional.pad(x, (0, 0, 0, 0, 0, 1)).contiguous(memory_format=torch.channels_last)
+        weight = nn.functional.pad(conv.weight, (0, 0, 0, 0, 0, 1))
+        return nn.functional.conv2d(wide, weight, conv.bias, conv.stride, conv.padding, conv.dilation)
 
 
 def _memory_format(tensor: Tensor) -> torch.memory_format:

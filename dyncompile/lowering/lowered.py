@@ -129,7 +129,10 @@ class LoweredModule(nn.Module):
 
     def _laid_out(self, tensor: Tensor) -> Tensor:
         if self._layout and tensor.dim() == 4 and tensor.is_floating_point():
-            return tensor.contiguous(memory_format=torch.channels_last)
+            dense = tensor.contiguous(memory_format=torch.channels_last)
+            # Of one channel both layouts are the same memory; the strides tell eager mode which one is meant.
+            _, channels, height, width = dense.shape
+            return dense.as_strided(dense.shape, (height * width, 1, width, 1)) if channels == 1 else dense
         return tensor
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -59,9 +59,9 @@ def test_help_names_every_command(run):
         assert "Usage" in text
 
 
-def test_from_convert_to_bench(run, model, needs, device, monkeypatch):
+@torch._dynamo.config.patch(disable=True)
+def test_from_convert_to_bench(run, model, needs, device):
     # Whether inductor is fast is measured elsewhere; here its forms run uncompiled.
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
     needs("sklearn")
     needs("lightning")
     shape = ("--input-shape", "1,16,16")
@@ -73,16 +73,12 @@ def test_from_convert_to_bench(run, model, needs, device, monkeypatch):
 
     on = ("--device", device)
     assert run("finetune", model, "dyn", "--epochs", "1", *on)[0] == 0
-    code, out, _ = run(
-        "calibrate", model, "dyn", "--max-drop", "0.2", "--report", "report.html", *on
-    )
+    code, out, _ = run("calibrate", model, "dyn", "--max-drop", "0.2", "--report", "report.html", *on)
     assert code == 0
     assert "exit0" in out
     assert "<html" in Path("report.html").read_text()
     assert "exit0" in run("inspect", model, "dyn")[1]
-    code, out, _ = run(
-        "bench", model, "dyn", "--backend", "eager", "--repeats", "1", "--batch-size", "64", *on
-    )
+    code, out, _ = run("bench", model, "dyn", "--backend", "eager", "--repeats", "1", "--batch-size", "64", *on)
     assert code == 0
     assert "dynamic, lowered" in out
 

@@ -14,11 +14,9 @@ from dyncompile.errors import ArgumentError
 
 
 @pytest.fixture
-def settings(tmp_path, device, needs, monkeypatch):
+def settings(tmp_path, device, needs):
     for package in ("sklearn", "lightning", "tensorboard", "jinja2", "matplotlib"):
         needs(package)
-    # Inductor's speed is the benchmarks' business; here its forms run uncompiled.
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
     return Settings(
         out=tmp_path / "first",
         depth=8,
@@ -36,6 +34,7 @@ def outcome(rows):
 
 
 @pytest.mark.slow
+@torch._dynamo.config.patch(disable=True)  # static forms uncompiled: their speed is for benchmarks
 def test_demo(settings, tmp_path, device):
     console = Console(file=io.StringIO(), width=120)
     first = run(settings, console)

@@ -16,8 +16,8 @@ Three things are done that inductor leaves undone when the batch is symbolic:
 
 Segments of equal structure are not merged, but their kernels are: inductor keys compiled C++ and
 Triton by source, and frozen weights are arguments of a kernel. Left to share would be the
-generation of Python code, less than a tenth of a segment's compile time. The graph is traced and
-folded for each set of weights; weights lifted to inputs would stay unfolded and unpacked.
+generation of Python code, about a tenth of a warm compile. The graph is traced and
+folded for each set of weights.
 """
 
 import copy

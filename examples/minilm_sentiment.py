@@ -86,7 +86,7 @@ def static_model(train: tuple[dict[str, Tensor], Tensor]) -> Sentiment:
     return model
 
 
-def main(count: int = 6000, length: int = 32, max_drop: float = 0.05, backend: str = "inductor") -> None:
+def main(count: int = 1800, length: int = 24, max_drop: float = 0.08, backend: str = "inductor") -> None:
     """Convert, fine-tune the heads, calibrate, lower, and compare on held-out reviews."""
     torch.manual_seed(0)
     inputs, labels = reviews(count, length)
@@ -118,9 +118,9 @@ def main(count: int = 6000, length: int = 32, max_drop: float = 0.05, backend: s
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=6000, help="reviews to use (10,605 at most)")
-    parser.add_argument("--length", type=int, default=32, help="tokens per review")
-    parser.add_argument("--max-drop", type=float, default=0.05, help="risk of losing a right answer")
+    parser.add_argument("--count", type=int, default=1800, help="reviews to use (10,604 at most)")
+    parser.add_argument("--length", type=int, default=24, help="tokens per review")
+    parser.add_argument("--max-drop", type=float, default=0.08, help="risk of losing a right answer")
     parser.add_argument("--backend", default="inductor", choices=["inductor", "eager"])
     arguments = parser.parse_args()
     main(arguments.count, arguments.length, arguments.max_drop, arguments.backend)

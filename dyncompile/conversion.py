@@ -68,8 +68,13 @@ def dynamize(
     passes = resolve(strategy, options)
     args, kwargs, origin = infer_inputs(model, example_inputs)
     graph = capture(
-        model, args, kwargs, batch_dims=batch_dims, prediction=prediction,
-        prediction_only=prediction_only, inplace=inplace,
+        model,
+        args,
+        kwargs,
+        batch_dims=batch_dims,
+        prediction=prediction,
+        prediction_only=prediction_only,
+        inplace=inplace,
     )
     inferred = _infer_task(graph)
     if task == "classification" and inferred == "regression":

@@ -38,9 +38,7 @@ def select(decision: Tensor, taken: Any, otherwise: Any, *, dim: int = 0) -> Any
     left, spec = pytree.tree_flatten(taken)
     right, other = pytree.tree_flatten(otherwise)
     if spec != other:
-        raise ArgumentError(
-            "otherwise", found=f"structure {other}", expected=f"that of `taken`, {spec}"
-        )
+        raise ArgumentError("otherwise", found=f"structure {other}", expected=f"that of `taken`, {spec}")
     leaves = []
     for a, b in zip(left, right, strict=True):
         _check("otherwise", decision, a, b, dim)
@@ -72,9 +70,7 @@ def switch(route: Tensor, *arms: Any, dim: int = 0) -> Any:
     leaves = []
     for values in zip(*(values for values, _ in flat), strict=True):
         for value in values[1:]:
-            _check(
-                "arms", route[..., 0] if route.is_floating_point() else route, values[0], value, dim
-            )
+            _check("arms", route[..., 0] if route.is_floating_point() else route, values[0], value, dim)
         leaves.append(torch.ops.dyncompile.switch(route, list(values), dim))
     return pytree.tree_unflatten(leaves, spec)
 
@@ -134,8 +130,7 @@ def _mix(decision: Tensor, taken: Tensor, otherwise: Tensor, dim: int = 0) -> Te
 def _mix_many(route: Tensor, arms: list[Tensor], dim: int) -> Tensor:
     if route.is_floating_point():
         first, *others = (
-            aligned(weight, arm, dim).to(arm.dtype) * arm
-            for weight, arm in zip(route.unbind(-1), arms, strict=True)
+            aligned(weight, arm, dim).to(arm.dtype) * arm for weight, arm in zip(route.unbind(-1), arms, strict=True)
         )
         return sum(others, start=first)
     out = torch.where(aligned(route == 0, arms[0], dim), arms[0], arms[-1])
@@ -151,7 +146,7 @@ _select.register_fake(_mix)
 _switch.register_fake(_mix_many)
 
 
-def _select_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _select_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
     decision, taken, otherwise, ctx.dim = inputs
     soft = decision.is_floating_point() and decision.requires_grad
     ctx.save_for_backward(decision, taken if soft else None, otherwise if soft else None)
@@ -170,7 +165,7 @@ def _select_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return of_decision, d * gradient, (1 - d) * gradient, None
 
 
-def _switch_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _switch_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
     route, arms, ctx.dim = inputs
     ctx.count = len(arms)
     ctx.save_for_backward(route, *(arms if route.is_floating_point() else ()))

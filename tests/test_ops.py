@@ -105,9 +105,7 @@ def test_switch_gradients(device):
     arms = [x.requires_grad_() for x in _arms(device, 6, 2, count=3, dtype=torch.float64)]
     w = torch.rand(3, 3, device=device, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(dc.switch, (w, *arms))
-    assert torch.autograd.gradcheck(
-        lambda *x: dc.switch(torch.tensor([2, 0, 1], device=device), *x), arms
-    )
+    assert torch.autograd.gradcheck(lambda *x: dc.switch(torch.tensor([2, 0, 1], device=device), *x), arms)
 
 
 @pytest.mark.parametrize("soft", [False, True])

@@ -1,0 +1,73 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.harness import Report, Target, Timing, take_turns  # noqa: E402
+
+
+@pytest.mark.slow
+def test_quick_run_covers_every_section(tmp_path, needs, device):
+    needs("earlyon")
+    out = tmp_path / "early_exit.json"
+    command = [sys.executable, "-m", "benchmarks.early_exit", "--quick", "--device", str(device)]
+    run = subprocess.run(
+        [*command, "--out", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    report = Report.model_validate_json(out.read_text())
+    assert out.with_suffix(".md").read_text().strip() == report.markdown()
+    for part in ("batch 1", "batch 4", "compile time", "peak memory", "earlyon"):
+        assert any(part in table.title for table in report.tables), part
+        assert any(part in target.what for target in report.targets), part
+    assert all(len(row) == len(t.columns) for t in report.tables for row in t.rows)
+    rows = {row[0] for table in report.tables for row in table.rows}
+    assert {"dynamic, nobody leaves", "smaller static model"} <= rows
+
+
+def test_turns_are_paired_and_contexts_are_entered_once_a_round():
+    entered, called = [], []
+
+    class Context:
+        def __enter__(self):
+            entered.append(1)
+
+        def __exit__(self, *_):
+            return None
+
+    times = take_turns(
+        {"a": lambda: called.append("a"), "b": lambda: called.append("b")},
+        rounds=3,
+        repeats=2,
+        within={"b": Context},
+    )
+    assert len(times["a"].seconds) == len(times["b"].seconds) == 3
+    assert called.count("a") == called.count("b") == 4 * 3  # a round to warm up; a call before each
+    assert len(entered) == 4
+
+
+def test_ratio_is_of_medians_with_the_quartiles_of_the_rounds():
+    slow, fast = Timing(seconds=[2.0, 4.0, 9.0]), Timing(seconds=[1.0, 2.0, 3.0])
+    ratio = slow.over(fast)
+    assert (ratio.value, ratio.low, ratio.high) == (2.0, 2.0, 2.5)
+    saving = ratio.map(lambda r: 1 - r)
+    assert (saving.low, saving.high) == (-1.5, -1.0)
+
+
+def test_mixture_weighs_each_round():
+    exits, stays = Timing(seconds=[1.0, 2.0]), Timing(seconds=[3.0, 4.0])
+    assert Timing.mixture([(0.25, exits), (0.75, stays)]).seconds == [2.5, 3.5]
+
+
+@pytest.mark.parametrize(
+    ("at_least", "found", "passed", "margin"),
+    [(False, 1.1, False, -0.1), (False, 0.9, True, 0.1), (True, 1.1, True, 0.1), (True, 0.9, False, -0.1)],
+)
+def test_target_verdicts(at_least, found, passed, margin):
+    target = Target(what="x", found=found, bound=1.0, at_least=at_least)
+    assert target.passed is passed
+    assert target.margin == pytest.approx(margin)

@@ -39,7 +39,7 @@ def test_demo(settings, tmp_path, device):
     console = Console(file=io.StringIO(), width=120)
     first = run(settings, console)
     text = console.file.getvalue()
-    for heading in ("accuracy", "counted cost", "time ratio", "static ResNet-8", "early exit"):
+    for heading in ("accuracy", "cost", "ratio", "static ResNet-8", "early exit"):
         assert heading in text
     static, dynamic, small = first.values()
     assert static.cost == 1

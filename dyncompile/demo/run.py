@@ -241,8 +241,8 @@ def _table(rows: dict[str, Row], settings: Settings) -> Table:
         caption=f"saved {saved:.1%} of the time; counting says {1 - dynamic.cost:.1%}",
     )
     table.add_column("model", no_wrap=True)
-    for heading in ("accuracy", "counted cost", "seconds", "time ratio"):
-        table.add_column(heading, justify="right")
+    for heading in ("accuracy", "cost", "seconds", "ratio"):
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("run as", no_wrap=True)
     for name, row in rows.items():
         table.add_row(

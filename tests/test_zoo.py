@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import dyncompile as dc
+from dyncompile.testing import forced
 
 SMALL = {"num_labels": 3, "vocab_size": 64}
 BERT = SMALL | {
@@ -50,7 +51,7 @@ def images(size=64):
 
 def tokens(n):
     mask = torch.ones(n, 12, dtype=torch.int64)
-    mask[1, 8:] = 0
+    mask[-1, 8:] = 0
     return torch.randint(3, 64, (n, 12)), mask
 
 
@@ -138,3 +139,30 @@ def test_converts_exact_at_birth_and_trains(name, needs, device):
     assert costs == sorted(costs)
     assert costs[0] < 0.8
     assert 1 <= costs[-1] < 1.2
+    lowered_equals_reference(dyn.eval(), inputs, device, "eager", 1e-5)
+
+
+def lowered_equals_reference(dyn, inputs, device, backend, tolerance):
+    for module in dyn.exits.values():
+        module.enabled.fill_(True)
+    fast = dc.lower(dyn, backend=backend, decline=False)
+    assert not fast.plan.dense
+    shares = [0.3, 0.3, 0.2][: len(dyn.exits)]
+    for batch in (1, 2, 7, 33):
+        x = moved(inputs(batch), device)
+        with torch.no_grad(), forced(dyn, shares, seed=batch), forced(fast, shares, seed=batch):
+            expected, actual = leaf(call(dyn, x)), leaf(call(fast, x))
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * scale)
+        assert fast.last_run["always"] == batch
+    assert fast.last_run["not exit0"] == 33 - round(0.3 * 33)
+    empty = moved(inputs(2), device)
+    empty = {k: v[:0] for k, v in empty.items()} if isinstance(empty, dict) else [v[:0] for v in empty]
+    assert leaf(call(fast, empty)).shape == (0, *expected.shape[1:])
+
+
+@pytest.mark.parametrize("name", ["hf_gpt2", "encoder", "lstm", "mobilenetv4_conv_small"])
+def test_inductor_equals_reference(name, needs, device):
+    make, inputs = ZOO[name]
+    dyn = dc.dynamize(make(needs).to(device).eval(), exits=1, example_inputs=moved(inputs(2), device))
+    lowered_equals_reference(dyn, inputs, device, "inductor", 1e-4)

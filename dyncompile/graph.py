@@ -126,9 +126,9 @@ class Graph:
     # --- structure -------------------------------------------------------------------------------
 
     @functools.cached_property
-    def trunk(self) -> nx.DiGraph:
+    def trunk(self) -> "nx.DiGraph[Node]":
         """Floating tensor nodes on a path from the main input to the prediction; masks and sizes are left out."""
-        full = nx.DiGraph()
+        full: nx.DiGraph[Node] = nx.DiGraph()
         main = self.main_input
         full.add_node(main)
         for node in self.fx.nodes:

@@ -29,8 +29,17 @@ def forced(model: DynamicModule | LoweredModule, shares: Shares, *, seed: int = 
         ArgumentError: An unknown decision, a share outside [0, 1], or exits' shares that sum to more than 1.
 
     Example:
-        >>> with forced(fast, {"exit0": 0.5}):  # doctest: +SKIP
-        ...     fast(x)
+        >>> import dyncompile as dc
+        >>> layers = [torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)]
+        >>> model = torch.nn.Sequential(*layers)
+        >>> dyn = dc.dynamize(model.eval(), exits=1)
+        >>> dyn.exits["exit0"].enabled.fill_(True)
+        tensor(True)
+        >>> fast = dc.lower(dyn, backend="eager")
+        >>> with forced(fast, {"exit0": 0.5}):
+        ...     _ = fast(torch.randn(8, 8))
+        >>> fast.last_run
+        {'always': 8, 'not exit0': 4}
     """
     dyn = model.dynamic if isinstance(model, LoweredModule) else model
     wanted = _checked(dyn, shares)

@@ -30,7 +30,8 @@ def forced(model: DynamicModule | LoweredModule, shares: Shares, *, seed: int = 
 
     Example:
         >>> import dyncompile as dc
-        >>> layers = [torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)]
+        >>> from torch.nn import Linear, ReLU
+        >>> layers = [Linear(8, 8), ReLU(), Linear(8, 8), ReLU(), Linear(8, 3)]
         >>> model = torch.nn.Sequential(*layers)
         >>> dyn = dc.dynamize(model.eval(), exits=1)
         >>> dyn.exits["exit0"].enabled.fill_(True)

@@ -202,15 +202,26 @@ def test_dense_predictions(device):
     y[:, 0] = -100
     y[:5] = -100  # samples without any label
     dyn = dc.dynamize(model, "early_exit", example_inputs=x[:2], exits=1).to(device)
-    result = calibrate(dyn, (x, y), max_drop=0.3, method="greedy")
+    with pytest.warns(UserWarning, match="leaves out 5 samples without any label"):
+        result = calibrate(dyn, (x, y), max_drop=0.3, method="greedy")
+    x, y = x[5:], y[5:]
     assert_exact(result, dyn, x, y, device)
     with torch.no_grad():
         trace = dyn.trace(x.to(device))
     labelled = y != -100
     lost = (trace.final.argmax(1).cpu() == y) & (trace.output.argmax(1).cpu() != y) & labelled
-    per_sample = lost.sum((1, 2)) / labelled.sum((1, 2)).clamp(min=1)
+    per_sample = lost.sum((1, 2)) / labelled.sum((1, 2))
     assert result.risk == pytest.approx(float(per_sample.mean()), abs=1e-6)
     assert calibrate(dyn, (x, y), max_drop=0.4, confidence=0.9).bound == 0.4
+
+
+def test_unlabelled_samples_do_not_dilute_the_risk(untrained):
+    dyn, (x, y) = untrained
+    alone = calibrate(dyn, (x, y), max_cost=0.9, method="greedy")
+    padded = torch.cat([y, torch.full((600,), -100)])
+    with pytest.warns(UserWarning, match="leaves out 600 samples"):
+        beside = calibrate(dyn, (torch.cat([x, x]), padded), max_cost=0.9, method="greedy")
+    assert (beside.risk, beside.accuracy, beside.cost) == (alone.risk, alone.accuracy, alone.cost)
 
 
 def test_regression(device):
@@ -327,6 +338,7 @@ def test_refusals_leave_the_model_as_it_was(untrained, options, error, match):
     [
         (lambda x, y: (x[:0], y[:0]), "no samples|empty"),
         (lambda x, y: (x * math.nan, y), "NaN"),
+        (lambda x, y: (x, torch.full_like(y, -100)), "600 samples without any label"),
         (lambda x, y: (x, y + 1), "labels from 1 to 3"),
         (lambda x, y: (x, y - 1), "labels from -1 to 1"),
         (lambda x, y: (x, y.float()), "integer labels"),

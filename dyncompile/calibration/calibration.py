@@ -49,6 +49,8 @@ def calibrate(
     Args:
         dyn: A dynamic model with exits.
         data: A DataLoader, a dataset or a pair of arrays; see `dyncompile.data.as_loader`.
+            It must be unseen: neither trained on nor used to stop training (`patience`). Samples
+            all of whose labels are -100 are left out, with a warning.
         max_drop: Largest risk, in (0, 1). With the default `risk` also the largest loss of
             accuracy, as a share of all samples: 0.01 is one point. Default: 0.01 where `max_cost`
             is not given.
@@ -73,7 +75,7 @@ def calibrate(
 
     Raises:
         ArgumentError: A value is out of range, or the model has no exits.
-        DataError: The data are empty, hold NaN or do not fit the model.
+        DataError: The data are empty, without any label, hold NaN or do not fit the model.
         CalibrationError: Too few samples for the guarantee (the message says how many are needed),
             or the model gives NaN.
         UnreachableTargetError: No thresholds reach the target; the message gives the best

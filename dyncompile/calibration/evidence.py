@@ -63,19 +63,21 @@ class Gallery:
         self._kept: list[tuple[float, int, NDArray[np.float32]]] = []
         self._seen = 0
 
-    def add(self, inputs: Inputs, confidence: Tensor) -> None:
+    def add(self, inputs: Inputs, confidence: Tensor, counted: Tensor) -> None:
         """Look at one batch.
 
         Args:
             inputs: Of the batch; its first leaf of shape `[N, C, H, W]`, C 1 or 3, is kept from.
             confidence: `[N, ...]`, averaged for each sample.
+            counted: Which samples are looked at, `[N]`; the others have no index.
         """
-        ease = confidence.float().flatten(1).mean(1)
+        ease = confidence[counted].float().flatten(1).mean(1)
         images = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and _are_images(x)]
-        if images and len(images[0]) == len(ease):
+        if images and len(images[0]) == len(counted):
+            shown = images[0][counted.to(images[0].device)]
             order = ease.argsort().tolist()
             for i in {*order[: self.count], *order[-self.count :]}:
-                image = images[0][i].detach().float().cpu().numpy().copy()
+                image = shown[i].detach().float().cpu().numpy().copy()
                 self._kept.append((float(ease[i]), self._seen + i, image))
             self._kept.sort(key=lambda kept: kept[:2])
             del self._kept[self.count : -self.count]

@@ -1,5 +1,6 @@
 """One pass of the data through a dynamic model: what every exit would do with every sample."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,6 +79,8 @@ def record(
 ) -> Recording:
     """Run the data through `dyn.trace` once, in eval mode, and leave `dyn` as it was.
 
+    Samples all of whose labels are -100 are left out: no risk can be told of them.
+
     Args:
         dyn: A dynamic model with exits.
         data: What `dyncompile.data.as_loader` takes.
@@ -95,18 +98,25 @@ def record(
     loader = as_loader(data, batch_size=batch_size)
     rows: list[dict[str, Tensor]] = []
     flat = True
+    unlabelled = 0
     gallery = Gallery()
     with _running(dyn, device) as where, torch.no_grad():
         for inputs, targets in _shown(loader, progress=progress):
             moved: tuple[Inputs, Tensor] = tree_map(
                 lambda leaf: leaf.to(where) if isinstance(leaf, Tensor) else leaf, (inputs, targets)
             )
-            rows.append(_score(dyn, *moved, loss))
-            gallery.add(moved[0], rows[-1]["confidence"])
+            scored = _score(dyn, *moved, loss)
+            kept = _labelled(targets) if dyn.task == "classification" else torch.ones(len(targets), dtype=torch.bool)
+            rows.append({name: column[kept] for name, column in scored.items()})
+            unlabelled += len(kept) - int(kept.sum())
+            gallery.add(moved[0], scored["confidence"], kept)
             flat = flat and targets.ndim == 1
     columns = {name: torch.cat([row[name] for row in rows]).numpy() for name in rows[0]} if rows else {}
     if not columns or not len(columns["losses"]):
-        raise DataError("data", found="no samples", expected="at least one")
+        found = f"{unlabelled} samples without any label" if unlabelled else "no samples"
+        raise DataError("data", found=found, expected="at least one that is labelled" if unlabelled else "at least one")
+    if unlabelled:
+        warnings.warn(f"calibration leaves out {unlabelled} samples without any label", stacklevel=3)
     return Recording(
         exits=tuple(dyn.exits),
         confidence=columns["confidence"].astype(np.float32),
@@ -149,6 +159,11 @@ def _score(dyn: DynamicModule, inputs: Inputs, targets: Tensor, loss: Loss) -> d
     if not bool(((confidence >= 0) & (confidence <= 1)).all()):
         raise CalibrationError("a confidence is NaN or outside [0, 1]: check the exits' criterion")
     return {name: column.cpu() for name, column in columns.items()}
+
+
+def _labelled(targets: Tensor) -> Tensor:
+    """Which samples have a label at all, `[N]`, on the CPU."""
+    return (targets != IGNORE_INDEX).reshape(len(targets), -1).any(1).cpu()
 
 
 def _likelihoods(logits: Tensor, targets: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import networkx as nx
@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 
 from dyncompile.capture.signature import Signature
+from dyncompile.errors import ArgumentError
 from dyncompile.shapes import Size, Spec, is_tensor, mixed, probe, spec
 
 __all__ = ["Branch", "Graph", "Size", "Spec", "attribute", "is_add", "is_tensor", "mixed", "program", "spec"]
@@ -63,6 +64,42 @@ class Graph:
     mode: str = "train"
     task: str = "classification"
     overwriting: tuple[str, ...] = ()
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """The flat tensors of a call.
+
+        Raises:
+            ArgumentError: Another structure, or other sizes besides the batch, than were captured; or inputs that
+                hold different numbers of samples.
+        """
+        tensors = self.signature.flatten(args, kwargs)
+        batch: int | None = None
+        for tensor, (name, dim, sizes) in zip(tensors, self._sizes, strict=True):
+            shape = tuple(tensor.shape)
+            rest = shape if dim is None else (*shape[:dim], *shape[dim + 1 :])
+            if rest != sizes or len(shape) != len(sizes) + (dim is not None):
+                wanted = [*sizes] if dim is None else [*sizes[:dim], "N", *sizes[dim:]]
+                raise ArgumentError(
+                    name,
+                    found=f"shape {list(shape)}",
+                    expected=f"{wanted}, as captured; for another size, dynamize with example_inputs of that size",
+                )
+            if dim is not None:
+                if batch is not None and shape[dim] != batch:
+                    raise ArgumentError(
+                        name, found=f"{shape[dim]} samples", expected=f"as many as in the other inputs, {batch}"
+                    )
+                batch = shape[dim]
+        return tensors
+
+    @functools.cached_property
+    def _sizes(self) -> list[tuple[str, int | None, tuple[int, ...]]]:
+        """For each input its name, its batch dim and its other sizes."""
+        found = []
+        for name, tensor, dim in zip(self.signature.names, self.inputs, self.batch_dims, strict=True):
+            shape = tuple(tensor.shape)
+            found.append((name, dim, shape if dim is None else (*shape[:dim], *shape[dim + 1 :])))
+        return found
 
     @property
     def placeholders(self) -> list[Node]:

@@ -5,15 +5,17 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, fx, nn
 
+from dyncompile.capture.check import resize
 from dyncompile.cost import CostModel, cost_model, exit_costs
 from dyncompile.demand import analyse, decision_name
 from dyncompile.errors import ArgumentError, CaptureError
 from dyncompile.graph import Graph, program
 from dyncompile.nn import Exit
 from dyncompile.ops import decision_of, is_select
-from dyncompile.recipe import Recipe
+from dyncompile.recipe import Recipe, floating_dtype
 
 _INSERTED = ("exits", "gates", "_modes", "_constants")
 
@@ -87,6 +89,23 @@ class DynamicModule(nn.Module):
         self._trace = program(self._trace_graph())
         self._costs: dict[tuple[str, tuple[str, ...]], CostModel] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies leave the cost models out: they hold nodes, and are made again when asked for."""
+        return {**self.__dict__, "_costs": {}}
+
+    def examples(self, batch: int) -> list[Tensor]:
+        """Example inputs of a batch size, on the model's present device and in its present dtype."""
+        first = next((t for t in (*self.parameters(), *self.buffers()) if t.is_floating_point()), None)
+        sized = resize(self._graph.inputs, self._graph.batch_dims, batch)
+        if first is None:
+            return list(sized)
+        return [t.to(first.device, self.present(t.dtype)) for t in sized]
+
+    def present(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype that a captured value has now that the model may have been cast."""
+        now: torch.dtype = getattr(torch, floating_dtype(self))
+        return now if dtype == getattr(torch, self.recipe.dtype, None) else dtype
+
     # --- running ---------------------------------------------------------------------------------
 
     @property
@@ -97,7 +116,7 @@ class DynamicModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run densely, with the static model's own arguments and structure of outputs."""
         signature = self._graph.signature
-        inputs = signature.flatten(args, kwargs)
+        inputs = self._graph.bind(args, kwargs)
         if self._override is not None:
             return self.trace(*args, **kwargs).output
         return signature.unflatten(self._forward(self, *inputs))
@@ -112,7 +131,7 @@ class DynamicModule(nn.Module):
         Returns:
             The trace; in training mode its `cost` and `decisions` are differentiable.
         """
-        inputs = self._graph.signature.flatten(args, kwargs)
+        inputs = self._graph.bind(args, kwargs)
         nodes = self._taps()
         if self._override is None:
             values = self._trace(self, *inputs)

@@ -47,7 +47,7 @@ class Pass(ABC):
         name: The strategy's name.
         summary: One line.
         paper: arXiv id of the source.
-        after: Strategies that must come later than this one in a list; the order check reads it.
+        before: Strategies that must come later than this one in a list; the order check reads it.
     """
 
     name: ClassVar[str]
@@ -158,7 +158,9 @@ def resolve(strategy: "str | Pass | Sequence[str | Pass]", options: dict[str, An
         ArgumentError: Options that the pass does not have, or options with several passes.
         PassError: An order that is not legal.
     """
-    items = [strategy] if isinstance(strategy, str | Pass) else list(strategy)
+    items = [strategy] if isinstance(strategy, str | Pass) else strategy
+    if not isinstance(items, list | tuple) or not all(isinstance(item, str | Pass) for item in items):
+        raise ArgumentError("strategy", found=repr(strategy), expected="a name, a pass object, or a list of either")
     if not items:
         raise ArgumentError("strategy", found="an empty list", expected="at least one pass")
     if options and (len(items) > 1 or isinstance(items[0], Pass)):

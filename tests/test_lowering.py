@@ -246,6 +246,89 @@ def lowered(converted: dc.DynamicModule) -> tuple[dc.DynamicModule, dc.lowering.
     return dyn, dc.lower(dyn)
 
 
+def test_inputs_of_compiled_segments_are_checked(
+    lowered: tuple[dc.DynamicModule, dc.lowering.LoweredModule], device: torch.device
+) -> None:
+    _, fast = lowered
+    x = torch.randn(4, 3, 12, 12, device=device)
+    for wrong in (x.double(), x.bfloat16(), (x * 10).to(torch.uint8)):
+        with pytest.raises(ArgumentError, match="float32, which the model was lowered for"):
+            fast(wrong)
+    with pytest.raises(ArgumentError, match="for another size"):
+        fast(torch.randn(4, 3, 13, 12, device=device))
+    with pytest.raises(ArgumentError, match="for another size"):
+        fast(torch.randn(3, 12, 12, device=device))
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.one, self.two, self.fc = (
+            nn.Embedding(9, 16),
+            nn.Linear(16, 64),
+            nn.Linear(64, 16),
+            nn.Linear(16, 3),
+        )
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        x = (self.embed(ids) * mask.unsqueeze(-1)).sum(1)
+        return self.fc(self.two(self.one(x).relu()).relu())  # type: ignore[no-any-return]
+
+
+def test_integer_inputs_are_cast_and_batches_must_agree(device: torch.device) -> None:
+    ids, mask = torch.randint(9, (4, 6), device=device), torch.ones(4, 6, dtype=torch.long, device=device)
+    mask[1, 3:] = 0
+    dyn = dc.dynamize(Masked().to(device).eval(), exits=1, example_inputs=(ids, mask))
+    dyn.exits["exit0"].enabled.fill_(True)
+    fast = dc.lower(dyn, decline=False)
+    with torch.no_grad():
+        expected = dyn(ids, mask)
+        for kind in (torch.bool, torch.int32, torch.uint8):
+            torch.testing.assert_close(fast(ids.int(), mask.to(kind)), expected, rtol=1e-4, atol=1e-5)
+    for model in (dyn, fast, dc.lower(dyn, "eager")):
+        with pytest.raises(ArgumentError, match="as many as in the other inputs, 4"):
+            model(ids, mask[:3])
+
+
+def test_a_cast_model_lowers_and_keeps_its_dtype(dyn: dc.DynamicModule, device: torch.device) -> None:
+    half = dyn.bfloat16()
+    x = torch.randn(5, 3, 12, 12, device=device).bfloat16()
+    for backend in ("eager", "inductor"):
+        fast = dc.lower(half, backend)
+        with torch.no_grad(), forced(half, [0.4, 0.2]), forced(fast, [0.4, 0.2]):
+            torch.testing.assert_close(fast(x), half(x), rtol=5e-2, atol=5e-2)
+        assert fast(x[:0]).dtype == torch.bfloat16
+
+
+def test_eager_sees_exits_enabled_later(dyn: dc.DynamicModule, device: torch.device) -> None:
+    for module in dyn.exits.values():
+        module.enabled.fill_(False)
+    fast = dc.lower(dyn, "eager")
+    dyn.exits["exit1"].enabled.fill_(True)
+    dyn.exits["exit1"].threshold.fill_(0.0)
+    x = torch.randn(5, 3, 12, 12, device=device)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), dyn(x), rtol=1e-5, atol=1e-6)
+    assert fast.last_run == {"always": 5}
+
+
+def test_copies_and_casts_of_a_lowered_model(dyn: dc.DynamicModule, device: torch.device) -> None:
+    fast = dc.lower(dyn, "eager")
+    x = torch.randn(3, 3, 12, 12, device=device)
+    assert torch.equal(copy.deepcopy(fast)(x), fast(x))
+    with pytest.raises(LoweringError, match="relower"):
+        fast.half()
+
+
+@pytest.mark.parametrize(("buffer", "value"), [("threshold", 3.0), ("threshold", float("nan")), ("temperature", -1.0)])
+def test_impossible_thresholds_are_refused(dyn: dc.DynamicModule, buffer: str, value: float) -> None:
+    dyn.exits["exit0"].get_buffer(buffer).fill_(value)
+    with pytest.raises(ArgumentError, match=f"exits.exit0.{buffer}"):
+        dc.lower(dyn, "eager")
+    with pytest.raises(ArgumentError, match="options"):
+        dc.lower(dyn, "eager", cudagraphs=True)
+
+
 # --- any nesting of selects ----------------------------------------------------------------------
 
 

@@ -110,6 +110,15 @@ def test_deepcopy_is_independent(dyn: dc.DynamicModule, device: torch.device) ->
     assert twin.static().fc.weight.abs().sum() == 0
 
 
+def test_deepcopy_after_a_trace(device: torch.device) -> None:
+    layers = [layer for _ in range(60) for layer in (nn.Linear(8, 8), nn.ReLU())]
+    dyn = dc.dynamize(nn.Sequential(*layers, nn.Linear(8, 3)).to(device).eval(), exits=2)
+    dyn.trace(inputs(device))
+    dyn.inspect()
+    twin = copy.deepcopy(dyn)
+    assert twin.exit_costs(["exit0"]) == dyn.exit_costs(["exit0"])
+
+
 def test_cast_and_load(dyn: dc.DynamicModule, device: torch.device) -> None:
     half = copy.deepcopy(dyn).to(torch.bfloat16)
     assert half(inputs(device).bfloat16()).dtype == torch.bfloat16

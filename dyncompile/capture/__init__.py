@@ -73,8 +73,6 @@ def capture(
     )
     try:
         return attempt(training=True)
-    except ArgumentError:
-        raise
     except DyncompileError as first:
         try:
             graph = attempt(training=False)

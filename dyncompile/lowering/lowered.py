@@ -1,12 +1,14 @@
 """`lower`: from a dynamic model to one that really skips, sample by sample, inside a batch."""
 
+import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from dyncompile.capture.check import resize
+from dyncompile.capture.recurrent import RecurrentLayer
 from dyncompile.demand import specialise
 from dyncompile.errors import ArgumentError, LoweringError
 from dyncompile.graph import Spec, is_tensor, spec
@@ -16,6 +18,7 @@ from dyncompile.lowering.runtime import BlockRunner, Override, Run, Segments
 from dyncompile.module import DynamicModule, disabled_decisions
 
 BACKENDS = ("inductor", "eager")
+_OPTIONS: dict[str, set[str]] = {"inductor": {"cudagraphs"}, "eager": set()}
 
 
 class LoweredModule(nn.Module):
@@ -74,7 +77,10 @@ class LoweredModule(nn.Module):
         dyn = self.dynamic
         if dyn.training:
             raise LoweringError("the model is in training mode: call `dyn.eval()` before `lower`")
-        graph = specialise(dyn.graph.fx, disabled_decisions(dyn))
+        _check_exits(dyn)
+        self._disabled = disabled_decisions(dyn)
+        self._dtypes = [dyn.present(t.dtype) for t in dyn.graph.inputs]
+        graph = specialise(dyn.graph.fx, self._disabled)
         self._layout = self.snapshot and _channels_last(dyn)
         self._take(make_plan(graph))
         if self.decline and (losses := unprofitable(self.plan, self._segments, self.examples(16))):
@@ -96,6 +102,10 @@ class LoweredModule(nn.Module):
         examples = self.examples()
         compiled: dict[Segment, Callable[..., Sequence[Tensor]]] = {}
         for segment, module in modules.items():
+            if any(isinstance(dyn.graph.module_of(n), nn.RNNBase | RecurrentLayer) for n in segment.nodes):
+                # Inductor unrolls a recurrent layer step by step; torch's own kernel runs it whole.
+                compiled[segment] = copy.deepcopy(module)
+                continue
             inputs = [SegmentInput(batch_dim=spec(n).batch_dim, rows=spec(n).rows) for n in segment.inputs]
             compiled[segment] = compile_segment(module, [examples[n] for n in segment.inputs], inputs, **self.options)
         return compiled
@@ -109,7 +119,6 @@ class LoweredModule(nn.Module):
         Returns:
             Values of one dense run.
         """
-        graph = self.dynamic.graph
         wanted = {n for block in self.plan.blocks() for n in (*block.inputs, *block.outputs)}
         wanted.update(n for s in self.plan.segments() for n in (*s.inputs, *s.outputs))
         wanted.update(n for unit in self.plan.demand.units for n in unit.selects)
@@ -122,10 +131,20 @@ class LoweredModule(nn.Module):
                     values[n] = value
                 return value
 
-        inputs = [self._laid_out(t) for t in resize(graph.inputs, graph.batch_dims, batch)]
+        inputs = [self._laid_out(t) for t in self.dynamic.examples(batch)]
         with torch.no_grad():
             Recorder(self.dynamic, graph=self.plan.graph).run(*inputs)
         return values
+
+    def _cast(self, tensor: Tensor, position: int) -> Tensor:
+        """An input in the dtype that the programs were compiled for; they do not look at it themselves."""
+        wanted = self._dtypes[position]
+        if tensor.dtype == wanted:
+            return tensor
+        if tensor.is_floating_point() or wanted.is_floating_point or wanted == torch.bool:
+            name = self.dynamic.graph.signature.names[position]
+            raise ArgumentError(name, found=str(tensor.dtype), expected=f"{wanted}, which the model was lowered for")
+        return tensor.to(wanted)
 
     def _laid_out(self, tensor: Tensor) -> Tensor:
         if self._layout and tensor.dim() == 4 and tensor.is_floating_point():
@@ -138,13 +157,15 @@ class LoweredModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run; the arguments and the structure of the output are the static model's."""
         graph = self.dynamic.graph
-        inputs = graph.signature.flatten(args, kwargs)
+        inputs = graph.bind(args, kwargs)
         count = next(t.shape[dim] for t, dim in zip(inputs, graph.batch_dims, strict=True) if dim is not None)
-        if not self.snapshot and self.dynamic.training:
-            raise LoweringError("the model is in training mode: call `dyn.eval()` first")
+        if self.snapshot:
+            inputs = [self._cast(t, i) for i, t in enumerate(inputs)]
+        elif disabled_decisions(self.dynamic) != self._disabled or self.dynamic.training:
+            self.relower()
         if count == 0:
             self.last_run = {"always": 0}
-            return graph.signature.unflatten(_empty(self.plan.graph, inputs[0].device))
+            return graph.signature.unflatten(_empty(self.plan.graph, self.dynamic, inputs[0].device))
         run = Run({}, self._override, self.buckets)
         with torch.no_grad():
             leaves = self._runner([self._laid_out(t) for t in inputs], None, count, run)
@@ -189,6 +210,24 @@ class LoweredModule(nn.Module):
             raise LoweringError("a lowered model does not train: train the dynamic model, then `fast.relower()`")
         return self
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LoweredModule":
+        """A copy lowers a copy of the dynamic model."""
+        return LoweredModule(
+            copy.deepcopy(self.dynamic, memo),
+            backend=self.backend,
+            decline=self.decline,
+            buckets=self.buckets,
+            options=self.options,
+        )
+
+    def _apply(self, *_: object, **__: object) -> "LoweredModule":
+        """Refused: what was compiled keeps its device and dtype.
+
+        Raises:
+            LoweringError: Always.
+        """
+        raise LoweringError("a lowered model is not moved or cast: move or cast the dynamic model, then `relower()`")
+
     def inspect(self) -> str:
         """The plan in words: blocks, segments, conditionals."""
         lines: list[str] = []
@@ -227,7 +266,8 @@ def lower(
     Args:
         dyn: The dynamic model, in eval mode.
         backend: "inductor" compiles each segment, frozen, with a dynamic batch: a snapshot of the weights; "eager"
-            runs the segments as they are, equal to the reference bit for bit, on the live weights.
+            runs the segments as they are, on the live weights: what the reference computes, up to
+            the rounding by which an operation on fewer rows may differ.
         decline: Run a conditional densely where its overhead (count, gather, scatter), measured
             here at a batch of 16, exceeds all that its arms cost; `plan.dense` says which and by
             how much. Default: for "inductor".
@@ -248,8 +288,21 @@ def lower(
         raise ArgumentError("backend", found=repr(backend), expected=f"one of {BACKENDS}")
     if any(b < 1 for b in buckets):
         raise ArgumentError("buckets", found=list(buckets), expected="sizes >= 1")
+    unknown = sorted(set(options) - _OPTIONS[backend])
+    if unknown:
+        raise ArgumentError("options", found=unknown, expected=f"of {backend!r}: {sorted(_OPTIONS[backend])}")
     decline = backend == "inductor" if decline is None else decline
     return LoweredModule(dyn, backend=backend, decline=decline, buckets=buckets, options=options)
+
+
+def _check_exits(dyn: DynamicModule) -> None:
+    """Refuse thresholds and temperatures that nobody can mean."""
+    for name, module in dyn.exits.items():
+        threshold, temperature = float(module.get_buffer("threshold")), float(module.get_buffer("temperature"))
+        if not 0 <= threshold <= 1:
+            raise ArgumentError(f"exits.{name}.threshold", found=threshold, expected="a number in [0, 1]")
+        if not 0 < temperature < math.inf:
+            raise ArgumentError(f"exits.{name}.temperature", found=temperature, expected="a number above 0")
 
 
 def _channels_last(dyn: DynamicModule) -> bool:
@@ -257,7 +310,7 @@ def _channels_last(dyn: DynamicModule) -> bool:
     return any(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in dyn.modules())
 
 
-def _empty(graph: fx.Graph, device: torch.device) -> list[Any]:
+def _empty(graph: fx.Graph, dyn: DynamicModule, device: torch.device) -> list[Any]:
     """The output for a batch of no samples."""
     leaves: Any = graph.output_node().args[0]
 
@@ -265,7 +318,7 @@ def _empty(graph: fx.Graph, device: torch.device) -> list[Any]:
         if not is_tensor(leaf):
             return leaf
         found: Spec = spec(leaf)
-        return torch.empty(found.at(0), dtype=found.dtype, device=device)
+        return torch.empty(found.at(0), dtype=dyn.present(found.dtype), device=device)
 
     return [empty(leaf) for leaf in leaves]
 

@@ -395,3 +395,26 @@ def save_until_killed(dyn: dc.DynamicModule, folder: Path, step: int) -> None:
     sys.addaudithook(watch)
     dc.save(dyn, folder)
     os._exit(0)
+
+
+class OtherInTraining(nn.Module):
+    """Returns a tuple in training mode, as GoogLeNet does: captured in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.fc = nn.Linear(8, 64), nn.Linear(64, 64), nn.Linear(64, 3)
+
+    def forward(self, x):
+        y = self.fc(self.two(self.one(x).relu()).relu())
+        return (y, y * 2) if self.training else y
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_model_captured_in_eval_mode_comes_back(tmp_path, device, training):
+    model = OtherInTraining().to(device).eval()
+    dyn = dc.dynamize(model, exits=1)
+    assert dyn.recipe.mode == "eval"
+    dc.save(dyn, tmp_path / "out")
+    again = dc.load(tmp_path / "out", model.train(training))
+    x = torch.randn(4, 8, device=device)
+    assert torch.equal(again.eval()(x), dyn(x))

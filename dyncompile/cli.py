@@ -36,7 +36,7 @@ Data = Annotated[
     str,
     typer.Option(
         help="digits, fashion-mnist, a folder of IDX files, imagefolder:DIR, or file.py:factory, "
-        "a callable that returns dyncompile.demo.datasets.Images."
+        "a callable that returns dyncompile.demo.datasets.Images; resized to what the model was converted with."
     ),
 ]
 Strategy = Annotated[list[str], typer.Option(help="Technique; repeat to combine.")]
@@ -154,8 +154,8 @@ def finetune(
     """Train a converted model; its folder is written anew, all at once."""
     import dyncompile as dc
 
-    images = _images(data, seed)
     dyn = _load(model, folder, device)
+    images = _images(data, seed, dyn)
     dc.finetune(
         dyn,
         images.train,
@@ -185,8 +185,8 @@ def calibrate(
 
     if report:
         _free(report, force=force, argument="report")
-    images = _images(data, seed)
     dyn = _load(model, folder, device)
+    images = _images(data, seed, dyn)
     calibration = dc.calibrate(dyn, images.calibration, max_drop=max_drop, confidence=confidence, seed=seed)
     dc.save(dyn, folder)
     Console().print(calibration.table())
@@ -208,8 +208,8 @@ def bench(
     """Time the lowered model against every form of the static one, on the test split."""
     from dyncompile.demo.measure import bench as measure
 
-    images = _images(data, seed)
     dyn = _load(model, folder, device).eval()
+    images = _images(data, seed, dyn)
     table = measure(dyn, images.test.tensors[0], batch_size=batch_size, repeats=repeats, backend=backend)
     Console().print(table)
 
@@ -249,10 +249,11 @@ def _load(model: str, folder: Path, device: str) -> "DynamicModule":
     return dyn
 
 
-def _images(data: str, seed: int) -> "Images":
+def _images(data: str, seed: int, dyn: "DynamicModule") -> "Images":
+    """Images of the shape that the model was captured with."""
     from dyncompile.demo.datasets import load
 
-    return load(data, seed=seed)
+    return load(data, seed=seed, shape=tuple(dyn.graph.inputs[0].shape[1:]))
 
 
 def _dynamize(model: "nn.Module", strategy: list[str], shape: str | None, options: list[str]) -> "DynamicModule":

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo
@@ -20,6 +21,13 @@ def model():
         nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(),
         nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+    )
+
+def fixed():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(8 * 12 * 10, 2),
     )
 
 def number():
@@ -83,6 +91,25 @@ def test_from_convert_to_bench(run, model, needs, device):
     assert "dynamic, lowered" in out
 
 
+def test_data_come_in_the_shape_that_the_model_was_captured_with(run, model, needs):
+    image = needs("PIL.Image")
+    needs("sklearn")
+    needs("lightning")
+    for label, name in enumerate(("dark", "light")):
+        Path("pictures", name).mkdir(parents=True)
+        for index in range(20):
+            picture = np.full((16, 9, 3), 200 * label + index, np.uint8)
+            image.fromarray(picture).save(f"pictures/{name}/{index}.png")
+    assert run("convert", "models.py:fixed", "dyn", "-o", "exits=1", "--input-shape", "3,12,10")[0] == 0
+    assert run("finetune", "models.py:fixed", "dyn", "--epochs", "1", "--data", "imagefolder:pictures")[0] == 0
+    for command in ("finetune", "calibrate", "bench"):
+        code, _, err = run(command, "models.py:fixed", "dyn", "--data", "digits")
+        assert code == 1
+        assert err == (
+            "error: `data`: found images [1, 16, 16] in digits; expected [3, 12, 10], as the model was captured with\n"
+        )
+
+
 def test_inspect_shows_what_convert_would_do(run, model):
     code, out, _ = run("inspect", model, "--input-shape", "1,16,16")
     assert code == 0
@@ -110,10 +137,10 @@ def test_inspect_shows_what_convert_would_do(run, model):
             "`report`: found models.py",
         ),
         (["finetune", "models.py:model", "none"], "none"),
-        (["finetune", "models.py:model", "none", "--data", "letters"], "`data`: found 'letters'"),
-        (["bench", "models.py:model", "none", "--data", "none.py:images"], "`data`: found none.py"),
+        (["bench", "models.py:model", "none"], "none"),
         (["demo", "--out", "."], "`out`: found ., which exists"),
         (["demo", "--data", "letters"], "`data`: found 'letters'"),
+        (["demo", "--data", "none.py:images"], "`data`: found none.py"),
         (["demo", "--device", "abacus"], "`device`: found 'abacus'"),
         (["demo", "--depth", "19"], "`depth`: found 19; expected 6n + 2"),
     ],

@@ -109,8 +109,9 @@ def test_image_folder(tmp_path, needs):
             picture = np.full((9, 7, 3), 200 * label + index, np.uint8)
             image.fromarray(picture).save(tmp_path / name / f"{index}.png")
     (tmp_path / "cat" / "notes.txt").write_text("no picture")
-    images = datasets.load(f"imagefolder:{tmp_path}", size=8)
+    images = datasets.load(f"imagefolder:{tmp_path}", shape=(3, 8, 8))
     assert images.shape == (3, 8, 8)
+    assert datasets.load(f"imagefolder:{tmp_path}", shape=(1, 5, 6)).shape == (1, 5, 6)
     assert images.classes == ("cat", "dog")
     assert [len(split) for split in (images.train, images.calibration, images.test)] == [8, 4, 4]
     for split in (images.train, images.calibration, images.test):
@@ -201,3 +202,10 @@ def test_training_learns_and_repeats(device, needs):
     assert accuracy(model, inputs, labels) > 0.3
     if device.type == "cpu":
         assert torch.equal(*weights)
+
+
+def test_images_are_resized_to_a_shape(needs):
+    needs("sklearn")
+    assert datasets.load("digits", shape=(1, 12, 20)).shape == (1, 12, 20)
+    with pytest.raises(DataError, match=r"images \[1, 16, 16\] in digits; expected \[8\]"):
+        datasets.load("digits", shape=(8,))

@@ -43,13 +43,12 @@ class Images:
     mirror: bool = False
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         """Channels, height and width of an image."""
-        channels, height, width = self.train.tensors[0].shape[1:]
-        return channels, height, width
+        return tuple(self.train.tensors[0].shape[1:])
 
 
-def load(source: str, *, seed: int = 0, size: int = 32) -> Images:
+def load(source: str, *, seed: int = 0, shape: tuple[int, ...] | None = None) -> Images:
     """Read a data set by what the command line calls it.
 
     Args:
@@ -58,29 +57,53 @@ def load(source: str, *, seed: int = 0, size: int = 32) -> Images:
             `imagefolder:DIR` (a sub-folder per class), or `FILE.py:FACTORY` or
             `PACKAGE.MODULE:FACTORY`, a callable that returns `Images`.
         seed: What is held out of training is drawn with it.
-        size: Height and width that an image folder's pictures are resized to.
+        shape: Channels, height and width of the images, which are resized to it. None: as they are,
+            and (3, 32, 32) for an image folder.
 
     Raises:
         ArgumentError: The source is none of these.
-        DataError: Files are missing, truncated or corrupt.
+        DataError: Files are missing, truncated or corrupt, or cannot be brought to the shape.
         MissingExtraError: scikit-learn or pillow is needed and absent.
 
     >>> data = load("digits")
     >>> data.shape, len(data.test)
     ((1, 16, 16), 450)
     """
+    images = _read(source, seed=seed, shape=shape)
+    return images if shape is None or shape == images.shape else _resized(images, shape)
+
+
+def _read(source: str, *, seed: int, shape: tuple[int, ...] | None) -> Images:
     if source == "digits":
         return digits(seed=seed)
     if source == "fashion-mnist":
         return fashion_mnist(seed=seed)
     if source.startswith("imagefolder:"):
-        return image_folder(Path(source.removeprefix("imagefolder:")), seed=seed, size=size)
+        return image_folder(Path(source.removeprefix("imagefolder:")), seed=seed, shape=shape or (3, 32, 32))
     if ":" in source:
         return make(source, Images, argument="data")
     if Path(source).is_dir():
         return idx_folder(Path(source), seed=seed)
     expected = "digits, fashion-mnist, a folder of IDX files, imagefolder:DIR or FILE.py:FACTORY"
     raise ArgumentError("data", found=repr(source), expected=expected)
+
+
+def _resized(images: Images, shape: tuple[int, ...]) -> Images:
+    if len(shape) != 3 or len(images.shape) != 3 or shape[0] != images.shape[0]:
+        found = f"images {list(images.shape)} in {images.name}"
+        raise DataError("data", found=found, expected=f"{list(shape)}, as the model was captured with")
+
+    def resize(split: TensorDataset) -> TensorDataset:
+        pixels, labels = split.tensors
+        resized = torch.nn.functional.interpolate(pixels, shape[1:], mode="bilinear", antialias=True)
+        return TensorDataset(resized, labels)
+
+    return dataclasses.replace(
+        images,
+        train=resize(images.train),
+        calibration=resize(images.calibration),
+        test=resize(images.test),
+    )
 
 
 def digits(*, seed: int = 0) -> Images:
@@ -168,8 +191,22 @@ def read_idx(path: Path) -> Tensor:
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy())
 
 
-def image_folder(folder: Path, *, seed: int = 0, size: int = 32) -> Images:
-    """Read pictures from a folder with a sub-folder per class; a quarter each is held out twice."""
+def image_folder(folder: Path, *, seed: int = 0, shape: tuple[int, ...] = (3, 32, 32)) -> Images:
+    """Read pictures from a folder with a sub-folder per class; a quarter each is held out twice.
+
+    Args:
+        folder: The folder.
+        seed: What is held out is drawn with it.
+        shape: Channels (1 or 3), height and width to read them as.
+
+    Raises:
+        DataError: Too few pictures, one cannot be read, or pictures have no such shape.
+    """
+    modes = {1: "L", 3: "RGB"}
+    if len(shape) != 3 or shape[0] not in modes:
+        found = f"pictures in {folder}"
+        raise DataError("data", found=found, expected=f"{list(shape)}, as the model was captured with")
+    channels, height, width = shape
     pil = require("PIL.Image", extra="demo")
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     files = [
@@ -181,11 +218,12 @@ def image_folder(folder: Path, *, seed: int = 0, size: int = 32) -> Images:
     if len(classes) < 2 or len(files) < 4 * len(classes):
         found = f"{len(files)} pictures in {len(classes)} class folders under {folder}"
         raise DataError("data", found=found, expected="two classes or more, four pictures of each")
-    pixels = np.empty((len(files), size, size, 3), np.uint8)
+    pixels = np.empty((len(files), height, width, channels), np.uint8)
     for row, (path, _) in enumerate(files):
         try:
             with pil.open(path) as picture:
-                pixels[row] = np.asarray(picture.convert("RGB").resize((size, size)))
+                resized = picture.convert(modes[channels]).resize((width, height))
+                pixels[row] = np.asarray(resized).reshape(height, width, channels)
         except (OSError, SyntaxError, ValueError) as error:
             found = f"{path}, which cannot be read ({error})"
             raise DataError("data", found=found, expected="an intact picture") from error

@@ -239,6 +239,17 @@ def test_regression_learns_values_and_confidences(device):
     assert confidence[~noisy].mean() > confidence[noisy].mean() + 0.1
 
 
+@pytest.mark.parametrize("argument", ["train_data", "val_data"])
+def test_regression_on_labels_is_refused(argument):
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1))
+    dyn = dc.dynamize(model, "early_exit", exits=1, example_inputs=PROBE[:2])
+    before = state(dyn)
+    data = {"train_data": (TRAIN[0], TRAIN[1] / 9), "val_data": None, argument: (TRAIN[0], TRAIN[1] % 2)}
+    with pytest.raises(DataError, match=f"`{argument}`: found integer targets.*; expected floating targets; or a cl"):
+        finetune(dyn, data["train_data"], data["val_data"])
+    assert not changed(dyn, before)
+
+
 def test_dense_predictions_learn_and_ignore(device):
     model = nn.Sequential(
         nn.Conv2d(1, 8, 3, padding=1),

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 
 from dyncompile.data import Batch, as_loader, call
-from dyncompile.errors import ArgumentError, require
+from dyncompile.errors import ArgumentError, DataError, require
 from dyncompile.module import DynamicModule
 from dyncompile.training.losses import class_dim
 from dyncompile.training.objectives import Distillation, LearnedConfidence, Objective
@@ -122,7 +122,8 @@ def finetune(
     Raises:
         ArgumentError: An argument has no usable value, nothing can be trained, or the checkpoint to
             resume from belongs to another model, mode or seed, or to more epochs.
-        DataError: See `as_loader`; or labels do not fit the model's predictions.
+        DataError: See `as_loader`; or labels do not fit the model's predictions: a regression model,
+            which is also any of one column, takes floating targets alone.
         MissingExtraError: Lightning or TensorBoard is not installed (extra `train`).
     """
     if not isinstance(dyn, DynamicModule):
@@ -186,9 +187,15 @@ def finetune(
 
 def _classes(dyn: DynamicModule, data: Any, argument: str, **options: Any) -> int | None:
     """Number of classes, by asking the model about the first batch; None in regression."""
-    if dyn.task == "regression":
-        return None
     batch = next(iter(as_loader(data, argument=argument, **options)))
+    if dyn.task == "regression":
+        if not batch[1].is_floating_point():
+            raise DataError(
+                argument,
+                found="integer targets, such as labels, for a regression model",
+                expected="floating targets; or a classifier, which has a column for each class, two at least",
+            )
+        return None
     device = next(dyn.parameters()).device
     inputs, targets = tree_map_only(torch.Tensor, lambda t: t.to(device), batch)
     with preserved(dyn), torch.no_grad():

@@ -95,7 +95,8 @@ def finetune(
         dyn: A dynamic model.
         train_data: What `dyncompile.data.as_loader` takes. Arrays and datasets are shuffled; a
             DataLoader keeps its order on one device, several share a shuffled one.
-        val_data: The same; loss and the accuracy of every exit are measured after each epoch.
+        val_data: The same; loss and the accuracy of every exit are measured after each epoch. With
+            `patience` it chooses the weights, and must not be the data that `calibrate` is given.
         epochs: Passes over the training data, in all: those before a resumption count.
         mode: "heads" trains what passes inserted; parameters, batch norm statistics and dropout of
             the backbone are frozen. "joint" trains every parameter that requires a gradient.

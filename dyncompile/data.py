@@ -54,6 +54,7 @@ def as_loader(
     seed: int = 0,
     classes: int | None = None,
     ignore_index: int = IGNORE_INDEX,
+    batch_dims: Mapping[str, int | None] | None = None,
     replicas: int = 1,
     rank: int = 0,
     argument: str = "data",
@@ -77,14 +78,17 @@ def as_loader(
         classes: Number of classes K: targets must be integers in [0, K), or `ignore_index`.
             None: not checked.
         ignore_index: The label that stands for "no label".
+        batch_dims: Batch dim of the model's inputs by name. Only a `DataLoader` may have others than
+            0: everything else is put into batches along dim 0.
         replicas: Number of processes that share the data.
         rank: Which of them this is.
         argument: How error messages name `data`.
 
     Raises:
-        DataError: `data` is of another kind or empty, lengths differ, inputs or targets hold NaN or
-            infinite values, labels are not integers or out of range. Where a loader has worker
-            processes, torch raises it as RuntimeError with the same message.
+        DataError: `data` is of another kind, empty or batched along another dim, lengths differ,
+            inputs or targets hold NaN or infinite values, labels are not integers or out of range.
+            Where a loader has worker processes, torch raises it as RuntimeError with the same
+            message.
         ArgumentError: `batch_size` is below 1.
     """
     if batch_size < 1:
@@ -92,6 +96,11 @@ def as_loader(
     check = _Check(classes=classes, ignore_index=ignore_index, argument=argument)
     if isinstance(data, DataLoader):
         return _checked(data, check)
+    if other := {name: dim for name, dim in (batch_dims or {}).items() if dim != 0}:
+        raise check.error(
+            f"a {type(data).__name__}, which is put into batches along dim 0",
+            f"a DataLoader of batches as the model takes them, with the batch dims {other}",
+        )
     collate: Callable[[Any], Any]
     if isinstance(data, (tuple, list, _Arrays)):
         dataset: Any = _Arrays.of(data, check)

@@ -250,6 +250,35 @@ def test_regression_on_labels_is_refused(argument):
     assert not changed(dyn, before)
 
 
+class TimeFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+        self.fc = nn.Linear(32, 3)
+
+    def forward(self, x):
+        return self.fc(self.body(x.mean(0)))
+
+
+def test_batches_along_another_dim_come_in_a_loader_alone(device):
+    x, y = torch.randn(8, 8, 4), torch.randint(0, 3, (8,))
+    dyn = dc.dynamize(TimeFirst(), "early_exit", exits=1, example_inputs=x[:, :2], batch_dims={"x": 1}).to(device)
+    samples = TensorDataset(x.transpose(0, 1), y)
+    for data in ((x, y), samples):
+        for use in (finetune, dc.calibrate):
+            with pytest.raises(DataError, match=r"put into batches along dim 0; expected a DataLoader .*{'x': 1}"):
+                use(dyn, data)
+
+    def time_first(pairs):
+        return torch.stack([x for x, _ in pairs], 1), torch.stack([y for _, y in pairs])
+
+    loader = DataLoader(samples, batch_size=4, collate_fn=time_first)
+    before = state(dyn)
+    finetune(dyn, loader)
+    assert changed(dyn, before)
+    assert dc.calibrate(dyn, loader, max_cost=0.99, method="greedy").cost < 1
+
+
 def test_dense_predictions_learn_and_ignore(device):
     model = nn.Sequential(
         nn.Conv2d(1, 8, 3, padding=1),

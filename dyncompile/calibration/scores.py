@@ -95,7 +95,7 @@ def record(
         CalibrationError: A prediction or confidence is not finite, or a confidence outside [0, 1].
         ArgumentError: The loss is not `[N]` in [0, 1].
     """
-    loader = as_loader(data, batch_size=batch_size)
+    loader = as_loader(data, batch_size=batch_size, batch_dims=dyn.recipe.batch_dims)
     rows: list[dict[str, Tensor]] = []
     flat = True
     unlabelled = 0

@@ -153,7 +153,11 @@ def finetune(
         stack.enter_context(_own_randomness())
         stack.enter_context(learning(dyn, mode))
         where = Path(directory or stack.enter_context(tempfile.TemporaryDirectory()))
-        data: dict[str, Any] = {"batch_size": batch_size, "ignore_index": objective.ignore_index}
+        data: dict[str, Any] = {
+            "batch_size": batch_size,
+            "ignore_index": objective.ignore_index,
+            "batch_dims": dyn.recipe.batch_dims,
+        }
         data["classes"] = _classes(dyn, train_data, "train_data", **data)
         if val_data is not None:
             _classes(dyn, val_data, "val_data", **data)

@@ -243,7 +243,7 @@ def _model(spec: str) -> "nn.Module":
 
 def _load(model: str, folder: Path, device: str) -> "DynamicModule":
     import dyncompile as dc
-    from dyncompile.demo.factory import find_device
+    from dyncompile.data import find_device
 
     dyn: DynamicModule = dc.load(folder, _model(model)).to(find_device(device))
     return dyn

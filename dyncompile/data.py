@@ -1,4 +1,4 @@
-"""Data for training and calibration: batches of (inputs, targets), checked where they enter."""
+"""Data for training and calibration: batches of (inputs, targets), checked where they enter; devices."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
@@ -44,6 +44,23 @@ def call(function: Callable[..., T], inputs: Inputs) -> T:
     if isinstance(inputs, tuple):
         return function(*inputs)
     return function(inputs)
+
+
+def find_device(name: torch.device | str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ArgumentError: There is none on this machine.
+
+    >>> find_device("cpu")
+    device(type='cpu')
+    """
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        found = f"{str(name)!r} ({str(error).splitlines()[0]})"
+        expected = "cpu, or a device of this machine"
+        raise ArgumentError("device", found=found, expected=expected) from error
 
 
 def as_loader(

@@ -308,6 +308,9 @@ def test_refuses_a_model_without_exits():
     ("options", "error", "match"),
     [
         ({"max_drop": 0.0}, ArgumentError, "max_drop"),
+        ({"max_drop": "a"}, ArgumentError, "`max_drop`: found 'a'; expected a number"),
+        ({"confidence": None}, ArgumentError, "`confidence`: found None; expected a number"),
+        ({"device": "foo"}, ArgumentError, "`device`: found 'foo'"),
         ({"max_drop": 1.5}, ArgumentError, "max_drop"),
         ({"max_cost": 0.0}, ArgumentError, "max_cost"),
         ({"confidence": 1.0}, ArgumentError, "confidence"),

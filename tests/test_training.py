@@ -315,7 +315,10 @@ def test_cost_can_be_part_of_the_objective(dyn):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epochs": 0}, "`epochs`: found 0; expected at least 1"),
+        ({"epochs": 0}, "`epochs`: found 0; expected a whole number, at least 1"),
+        ({"epochs": 1.5}, "`epochs`: found 1.5; expected a whole number"),
+        ({"objective": "x"}, "`objective`: found 'x'; expected a dyncompile.training.Objective"),
+        ({"directory": __file__}, r"`directory`: found .*test_training.py, a file"),
         ({"mode": "head"}, r"`mode`: found 'head'; expected one of \('heads', 'joint'\)"),
         ({"precision": "fp8"}, "`precision`: found 'fp8'"),
         ({"lr": 0}, "`lr`: found 0"),

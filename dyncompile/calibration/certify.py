@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
+from numbers import Real
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +72,10 @@ class Target:
     def __post_init__(self) -> None:
         if self.max_drop is None and self.max_cost is None:
             raise ArgumentError("max_drop", found="no target", expected="`max_drop` or `max_cost`")
+        for name in ("max_drop", "max_cost", "confidence"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) and (value is not None or name == "confidence"):
+                raise ArgumentError(name, found=repr(value), expected="a number")
         if self.max_drop is not None and not 0 < self.max_drop < 1:
             raise ArgumentError("max_drop", found=self.max_drop, expected="between 0 and 1, both excluded")
         if self.max_cost is not None and not self.max_cost > 0:

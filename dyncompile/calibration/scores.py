@@ -22,7 +22,7 @@ from dyncompile.calibration.temperature import (
     mean_of_labelled,
     negative_log_likelihood,
 )
-from dyncompile.data import IGNORE_INDEX, Batch, Inputs, as_loader, call
+from dyncompile.data import IGNORE_INDEX, Batch, Inputs, as_loader, call, find_device
 from dyncompile.errors import ArgumentError, CalibrationError, DataError, require
 from dyncompile.module import DynamicModule, Trace
 from dyncompile.nn.criteria import classes_first
@@ -219,7 +219,7 @@ def _loss(loss: Loss, prediction: Tensor, targets: Tensor, final: Tensor) -> Ten
 def _running(dyn: DynamicModule, device: torch.device | str | None) -> Iterator[torch.device]:
     """Evaluation mode on a device; afterwards each module is where and as it was."""
     home = next((p.device for p in (*dyn.parameters(), *dyn.buffers())), torch.device("cpu"))
-    where = home if device is None else torch.device(device)
+    where = home if device is None else find_device(device)
     modes = [(module, module.training) for module in dyn.modules()]
     try:
         dyn.eval()

@@ -1,4 +1,4 @@
-"""What the command line names: factories as `package.module:name` or `file.py:name`, devices."""
+"""What the command line names: factories as `package.module:name` or `file.py:name`."""
 
 import importlib
 import importlib.util
@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
-
-import torch
 
 from dyncompile.errors import ArgumentError, DyncompileError
 
@@ -45,23 +43,6 @@ def make(spec: str, kind: type[T], *, argument: str) -> T:
         found = f"a {type(made).__name__} from {spec}"
         raise ArgumentError(argument, found=found, expected=expected)
     return made
-
-
-def find_device(name: str) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        ArgumentError: There is none on this machine.
-
-    >>> find_device("cpu")
-    device(type='cpu')
-    """
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        found = f"{name!r} ({str(error).splitlines()[0]})"
-        expected = "cpu, or a device of this machine"
-        raise ArgumentError("device", found=found, expected=expected) from error
 
 
 def _import(name: str) -> ModuleType:

@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dyncompile as dc
+from dyncompile.data import find_device
 from dyncompile.demo.datasets import Images, load
-from dyncompile.demo.factory import find_device
 from dyncompile.demo.measure import fastest, has_compiler, take_turns
 from dyncompile.demo.models import ResNet
 from dyncompile.demo.train import Augmented, Schedule, accuracy, train

@@ -129,9 +129,10 @@ def finetune(
     """
     if not isinstance(dyn, DynamicModule):
         raise ArgumentError("dyn", found=f"a {type(dyn).__name__}", expected="what dyncompile.dynamize returns")
-    for name, value in (("epochs", epochs), ("patience", patience)):
-        if value is not None and value < 1:
-            raise ArgumentError(name, found=value, expected="at least 1")
+    counts: dict[str, Any] = {"epochs": epochs, "patience": patience}
+    for name, value in counts.items():
+        if value is not None and not (isinstance(value, int) and value >= 1):
+            raise ArgumentError(name, found=repr(value), expected="a whole number, at least 1")
     for name, choice, choices in (("mode", mode, Mode), ("precision", precision, Precision)):
         if choice not in get_args(choices):
             raise ArgumentError(name, found=repr(choice), expected=f"one of {get_args(choices)}")
@@ -141,6 +142,10 @@ def finetune(
         raise ArgumentError("patience", found=patience, expected="val_data beside it")
     if directory is None and (resume or num_nodes > 1):
         raise ArgumentError("directory", found=None, expected="a path, for resume and for several nodes")
+    if directory is not None and Path(directory).is_file():
+        raise ArgumentError("directory", found=f"{directory}, a file", expected="a folder, or a path for a new one")
+    if objective is not None and not isinstance(objective, Objective):
+        raise ArgumentError("objective", found=repr(objective), expected="a dyncompile.training.Objective")
     require("lightning.pytorch", extra="train")
     from dyncompile.training.lightning_module import FineTuning
 

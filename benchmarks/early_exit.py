@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--skip", nargs="*", default=[], choices=["time", "compile", "memory", "peer"])
     options = parser.parse_args()
     torch.set_num_threads(1)
+    harness.keep_memory()
     cases = QUICK if options.quick else {n: c for n, c in CASES.items() if n.startswith(options.model or "")}
     report = Report(
         command=f"python -m benchmarks.early_exit {shlex.join(sys.argv[1:])}".strip(),
@@ -114,11 +115,12 @@ def running(report: Report, name: str, case: Case, *, quick: bool, device: str) 
         _checked(fast, x)
 
         twin = min(static, key=lambda form: times[form].median)
+        dense = "".join(f" Dense: {n}, since {why}." for n, why in fast.plan.dense.items())
         table = Table(
             title=f"{name}, batch {batch}",
             columns=["what runs", "counted cost", "ms", "iqr", "over the twin", "realised over counted"],
             rows=[],
-            note=f"Static twin: {twin}. Exits cost {', '.join(f'{c:.3f}' for c in costs)}.",
+            note=f"Static twin: {twin}. Exits cost {', '.join(f'{c:.3f}' for c in costs)}.{dense}",
         )
         for form in sorted(static, key=lambda form: times[form].median):
             _row(table, f"static, {form}", times[form], times[twin], 1.0)

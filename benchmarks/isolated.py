@@ -90,7 +90,8 @@ def peak_memory(case: str, form: str, batch: int, device: str) -> dict[str, floa
             call: Callable[..., Any] = dc.lower(dyn)
             del dyn
         else:
-            call = whole(found.static(device), inputs)
+            model = found.static(device)  # kept, as a lowered model keeps the dynamic one
+            call = whole(model, inputs)
         for _ in range(3):
             call(inputs)
         gc.collect()

@@ -295,3 +295,24 @@ def test_one_input_channel_is_channels_last_from_there_on(device: torch.device, 
         (out,) = compiled(x)
         torch.testing.assert_close(out, model(x), rtol=1e-4, atol=1e-5)
     assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_second_program_of_a_segment(device: torch.device) -> None:
+    class Ranged(nn.Module):
+        """Code that depends on the range of the batch size, after layers that are replaced."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(1, 4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.fc(self.conv(x).mean((2, 3)))
+            return y * 2 if x.shape[0] > 8 else y  # type: ignore[no-any-return]
+
+    model = Ranged().to(device).eval()
+    compiled = compile_module(model, [torch.randn(4, 1, 6, 6, device=device)])
+    for batch in (3, 12):
+        x = torch.randn(batch, 1, 6, 6, device=device)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x)[0], model(x), rtol=1e-4, atol=1e-5)
+    assert compiled.programs == 2

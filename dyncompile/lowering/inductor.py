@@ -39,6 +39,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from dyncompile.errors import ArgumentError, LoweringError
 
+_SMALL = 1 << 14
+"""Weights up to which a linear layer is not worth a call of oneDNN."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentInput:
@@ -242,10 +245,15 @@ class _Entry(nn.Module):
         super().__init__()
         self.segment = segment
         for owner in list(segment.modules()):
+            if isinstance(owner, _OneChannelConv | _SmallLinear):
+                continue  # of an earlier program of this segment
             for name, child in owner.named_children():
-                single = isinstance(child, nn.Conv2d) and child.in_channels == 1
-                if single and not isinstance(owner, _OneChannelConv):
-                    setattr(owner, name, _OneChannelConv(cast("nn.Conv2d", child)))
+                if child._forward_hooks or child._forward_pre_hooks:
+                    continue
+                if type(child) is nn.Conv2d and child.in_channels == 1:
+                    setattr(owner, name, _OneChannelConv(child))
+                elif type(child) is nn.Linear and child.weight.numel() <= _SMALL:
+                    setattr(owner, name, _SmallLinear(child))
 
     def forward(self, _: int, *tensors: Tensor) -> list[Tensor]:
         outputs = pytree.tree_leaves(self.segment(*tensors))
@@ -273,6 +281,25 @@ class _OneChannelConv(nn.Module):
         wide = nn.functional.pad(x, (0, 0, 0, 0, 0, 1)).contiguous(memory_format=torch.channels_last)
         weight = nn.functional.pad(conv.weight, (0, 0, 0, 0, 0, 1))
         return nn.functional.conv2d(wide, weight, conv.bias, conv.stride, conv.padding, conv.dilation)
+
+
+class _SmallLinear(nn.Module):
+    """A linear layer of few weights as inductor's own code, which fuses with what is around it.
+
+    A call of oneDNN takes longer than its work there, and splits an exit's head into three kernels.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+        self.biased = linear.bias is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.linear.weight, self.linear.bias
+        if x.dim() != 2 or x.device.type != "cpu":
+            return self.linear(x)  # type: ignore[no-any-return]
+        product = (x.unsqueeze(1) * weight).sum(-1)
+        return product + bias if self.biased else product
 
 
 def _memory_format(tensor: Tensor) -> torch.memory_format:

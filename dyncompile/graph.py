@@ -65,6 +65,13 @@ class Graph:
     task: str = "classification"
     overwriting: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        # For each input its name, its batch dim and its other sizes. Made here: dynamo traces no cached_property.
+        self._sizes: list[tuple[str, int | None, tuple[int, ...]]] = []
+        for name, tensor, dim in zip(self.signature.names, self.inputs, self.batch_dims, strict=True):
+            shape = tuple(tensor.shape)
+            self._sizes.append((name, dim, shape if dim is None else (*shape[:dim], *shape[dim + 1 :])))
+
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The flat tensors of a call.
 
@@ -91,15 +98,6 @@ class Graph:
                     )
                 batch = shape[dim]
         return tensors
-
-    @functools.cached_property
-    def _sizes(self) -> list[tuple[str, int | None, tuple[int, ...]]]:
-        """For each input its name, its batch dim and its other sizes."""
-        found = []
-        for name, tensor, dim in zip(self.signature.names, self.inputs, self.batch_dims, strict=True):
-            shape = tuple(tensor.shape)
-            found.append((name, dim, shape if dim is None else (*shape[:dim], *shape[dim + 1 :])))
-        return found
 
     @property
     def placeholders(self) -> list[Node]:

@@ -29,8 +29,8 @@ class CostModel:
         Exact for boolean decisions; differentiable in floating ones.
 
         Args:
-            decisions: `[N]` per decision, bool or probability; routes `[N]` integers or `[N, K]` weights. Extra
-                dims (tokens, frames) are averaged.
+            decisions: `[N]` per decision, bool or probability; routes `[N]` integers or `[N, K]` weights. One more
+                dim after N (tokens, frames) is averaged, after the product along the path.
 
         Returns:
             `[N]`, 1.0 = the static model.
@@ -42,7 +42,8 @@ class CostModel:
         cache: dict[Guard, Tensor] = {(): torch.ones_like(total)}
         for region, weight in zip(self.regions, self.weights, strict=True):
             if weight:
-                total = total + weight * _probability(region.guard, decisions, cache)
+                p = _probability(region.guard, decisions, cache)
+                total = total + weight * (p.mean(1) if p.dim() > 1 else p)
         return total
 
 
@@ -55,26 +56,28 @@ def _probability(guard: Guard, decisions: Mapping[str, Tensor], cache: dict[Guar
             cache[guard] = same if known[-1] == arm else torch.zeros_like(same)
             return cache[guard]
         value = decisions[unit.name]
-        if unit.decision.meta.get("route"):
+        if unit.routed:
             p = value[..., arm] if value.is_floating_point() else value == arm
         else:
             p = value if arm else (1 - value if value.is_floating_point() else ~value)
-        p = p.float().flatten(1).mean(1) if p.dim() > 1 else p.float()
-        cache[guard] = p * _probability(guard[:-1], decisions, cache)
+        outer = _probability(guard[:-1], decisions, cache)
+        rank = max(p.dim(), outer.dim())
+        p, outer = (t.unsqueeze(1) if t.dim() < rank else t for t in (p.float(), outer))
+        cache[guard] = p * outer
     return cache[guard]
 
 
-def cost_model(graph: fx.Graph, disabled: Sequence[str] = (), *, unit: str = "flops") -> CostModel:
+def cost_model(graph: fx.Graph, fixed: Mapping[str, int] | None = None, *, unit: str = "flops") -> CostModel:
     """Build the cost model of a graph.
 
     Args:
         graph: The dynamic graph, propagated; for `seconds`, measured.
-        disabled: Decisions that never take arm 1; what only they need costs nothing.
+        fixed: Decisions that always take one arm, by name; what only the other arms need costs nothing.
         unit: Which of a node's costs counts: `flops` or `seconds`.
     """
     own = sum(node.meta.get(unit, 0.0) for node in graph.nodes if not node.meta.get("inserted"))
     reference = own or 1.0
-    regions = analyse(specialise(graph, dict.fromkeys(disabled, 0))).regions
+    regions = analyse(specialise(graph, fixed or {})).regions
     weights = (sum(node.meta.get(unit, 0.0) for node in r.nodes) / reference for r in regions)
     return CostModel(regions, tuple(weights), reference)
 
@@ -87,11 +90,12 @@ def exit_costs(model: CostModel, exits: Sequence[str]) -> dict[str, float]:
         exits: Their names, in order of execution.
 
     Returns:
-        Relative cost for each exit, then `final`; every other decision counted as taken.
+        Relative cost for each exit, then `final`; every other decision counted as taken, a route as its last arm.
     """
-    names = {unit.name for region in model.regions for unit, _ in region.guard}
+    units = {unit.name: unit for region in model.regions for unit, _ in region.guard}
     count = len(exits) + 1
-    decisions = {name: torch.ones(count, dtype=torch.bool) for name in names}
+    decisions = {name: torch.full((count,), len(unit.arms) - 1) for name, unit in units.items()}
+    decisions = {name: arm if units[name].routed else arm.bool() for name, arm in decisions.items()}
     for i, name in enumerate(exits):
         decisions[name] = torch.arange(count) == i
     costs = model.expected(decisions) if decisions else torch.full((1,), sum(model.weights))

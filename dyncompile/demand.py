@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 
 from torch import fx
 
-from dyncompile.ops import arms_of, decision_of, is_select
+from dyncompile.ops import SWITCH, arms_of, decision_of, is_select
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,6 +27,16 @@ class Unit:
     def name(self) -> str:
         """The decision's public name."""
         return decision_name(self.decision)
+
+    @property
+    def routed(self) -> bool:
+        """Whether the decision is the route of a `switch`."""
+        return self.selects[0].target is SWITCH
+
+    @property
+    def arms(self) -> list[fx.Node]:
+        """The arms of the first select."""
+        return arms_of(self.selects[0])
 
     def __repr__(self) -> str:
         return self.name
@@ -70,7 +80,7 @@ def decision_name(node: fx.Node) -> str:
 
 
 def _step(unit: Unit, arm: int) -> str:
-    if len(arms_of(unit.selects[0])) > 2:
+    if unit.routed:
         return f"{unit.name}={arm}"
     return unit.name if arm else f"not {unit.name}"
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import networkx as nx
@@ -125,6 +125,11 @@ class Graph:
         batched = [p for p in self.placeholders if spec(p).batch_dim is not None]
         floating = [p for p in batched if spec(p).dtype.is_floating_point]
         return (floating or batched or self.placeholders)[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the prediction, which what is inserted computes in."""
+        return spec(self.final).dtype
 
     def module_of(self, node: Node) -> nn.Module | None:
         """The layer that a `call_module` node calls."""
@@ -277,6 +282,40 @@ class Graph:
                 owner.add_module(parent, nn.ModuleDict() if parent in ("exits", "gates") else nn.Module())
             owner = owner.get_submodule(parent)
         owner.add_module(name, module.train(self.root.training))
+
+    def insert(
+        self, path: str, module: nn.Module, inputs: Sequence[Node], taps: Sequence[str], **meta: Any
+    ) -> list[Node]:
+        """Call a new module behind its inputs, and take its outputs apart.
+
+        Args:
+            path: Where it is registered: `exits.exit0`, `gates.gate3`. The last part is the `owner` of its outputs.
+            module: Returns a tuple; moved to the model's device and dtype.
+            inputs: Nodes that it reads.
+            taps: What each of its outputs is to a trace, in order: "exit", "confidence", "decision", "probability";
+                "" for one that is not shown.
+            meta: Further metadata of the outputs.
+
+        Returns:
+            A node for each tap. The one that decides also has the metadata `decision`, its public name.
+        """
+        owner = path.rpartition(".")[2]
+        self.add_module(path, module.to(self.inputs[0].device, self.dtype))
+        order = {node: i for i, node in enumerate(self.fx.nodes)}
+        last = max((*inputs, self.placeholders[-1]), key=lambda node: order[node])
+        with self.fx.inserting_after(last):
+            call = self.fx.create_node("call_module", path, tuple(inputs))
+        parts: list[Node] = []
+        for i, tap in enumerate(taps):
+            with self.fx.inserting_after(parts[-1] if parts else call):
+                part = self.fx.call_function(operator.getitem, (call, i))
+            part.meta.update(meta, owner=owner)
+            if tap:
+                part.meta["tap"] = (tap, owner)
+            if tap == "decision":
+                part.meta["decision"] = owner
+            parts.append(part)
+        return parts
 
     def add_constant(self, path: str, tensor: Tensor) -> None:
         """Register a tensor that the model made itself, as a buffer that is not saved."""

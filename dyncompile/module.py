@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,8 +12,8 @@ from dyncompile.capture.check import resize
 from dyncompile.cost import CostModel, cost_model, exit_costs
 from dyncompile.demand import analyse, decision_name
 from dyncompile.errors import ArgumentError, CaptureError
-from dyncompile.graph import Graph, program
-from dyncompile.nn import Exit
+from dyncompile.graph import Graph, is_tensor, program, spec
+from dyncompile.nn import Exit, Gate
 from dyncompile.ops import decision_of, is_select
 from dyncompile.recipe import Recipe, floating_dtype
 
@@ -34,7 +34,9 @@ class Trace:
         final: Prediction of the full-depth path.
         exits: Prediction of every exit for every sample, enabled or not.
         confidence: `[N]` in [0, 1] per exit, after temperature.
-        decisions: Per exit or gate, evaluation: `[N]` bool; training: `[N]` probability, differentiable.
+        decisions: Per decision; evaluation: `[N]` bool, a route `[N]` int64; training: `[N]` in [0, 1], a route
+            `[N, K]` weights, differentiable. Where a sample owns r tokens or frames: `[N, r]`, a route `[N, r, K]`.
+        probabilities: Per gate, what its policy gave before anything was drawn: shaped as in training.
         cost: `[N]`, expected cost of each sample; 1.0 = the static model. Differentiable in training.
     """
 
@@ -43,6 +45,7 @@ class Trace:
     exits: dict[str, Tensor]
     confidence: dict[str, Tensor]
     decisions: dict[str, Tensor]
+    probabilities: dict[str, Tensor]
     cost: Tensor
 
 
@@ -87,7 +90,7 @@ class DynamicModule(nn.Module):
         # Made here and not when first called, so that torch.compile finds plain functions.
         self._forward = program(graph.fx)
         self._trace = program(self._trace_graph())
-        self._costs: dict[tuple[str, tuple[str, ...]], CostModel] = {}
+        self._costs: dict[tuple[str, tuple[tuple[str, int], ...]], CostModel] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies leave the cost models out: they hold nodes, and are made again when asked for."""
@@ -138,9 +141,10 @@ class DynamicModule(nn.Module):
         else:
             values = _Overriding(self, self._override).run(*inputs)
         output = self._graph.signature.unflatten(values[0])
-        taps: dict[str, dict[str, Tensor]] = {"exit": {}, "confidence": {}, "decision": {}}
-        for (kind, name), value in zip(nodes, values[2], strict=True):
-            taps[kind][name] = value
+        taps: dict[str, dict[str, Tensor]] = {"exit": {}, "confidence": {}, "decision": {}, "probability": {}}
+        for ((kind, name), node), value in zip(nodes.items(), values[2], strict=True):
+            flat = kind in ("decision", "probability") and is_tensor(node) and spec(node).rows > 1
+            taps[kind][name] = value.unflatten(0, (-1, spec(node).rows)) if flat else value
         decisions = taps["decision"]
         if self.training:
             for name, confidence in taps["confidence"].items():
@@ -152,7 +156,7 @@ class DynamicModule(nn.Module):
         if not decisions:
             batch = inputs[self._batched()].shape[self._graph.batch_dims[self._batched()] or 0]
             cost = cost.to(final.device).expand(batch)
-        return Trace(output, final, taps["exit"], taps["confidence"], decisions, cost)
+        return Trace(output, final, taps["exit"], taps["confidence"], decisions, taps["probability"], cost)
 
     def _batched(self) -> int:
         return next(i for i, dim in enumerate(self._graph.batch_dims) if dim is not None)
@@ -181,20 +185,23 @@ class DynamicModule(nn.Module):
 
         Args:
             enabled: Names of the exits that count as enabled; None takes their buffers, and in
-                training all.
+                training all. Gates count as their buffers say, and in training as enabled.
             unit: "flops", or "time": seconds measured on this machine, once, by running the
                 lowered regions (`dyncompile.lowering.measure`).
         """
         if enabled is None:
             enabled = [n for n, e in self.exits.items() if self.training or bool(e.enabled)]
-        key = (unit, tuple(sorted(set(self.exits) - set(enabled))))
+        fixed = dict.fromkeys(set(self.exits) - set(enabled), 0)
+        if not self.training:
+            fixed |= disabled_gates(self)
+        key = (unit, tuple(sorted(fixed.items())))
         if key not in self._costs:
             if unit == "time" and not any("seconds" in n.meta for n in self._graph.fx.nodes):
                 from dyncompile.lowering.measure import measure
 
                 measure(self)
             meta = "seconds" if unit == "time" else "flops"
-            self._costs[key] = cost_model(self._graph.fx, key[1], unit=meta)
+            self._costs[key] = cost_model(self._graph.fx, fixed, unit=meta)
         return self._costs[key]
 
     def exit_costs(self, enabled: Sequence[str] | None = None, *, unit: Unit = "flops") -> dict[str, float]:
@@ -266,6 +273,20 @@ class _Overriding(fx.Interpreter):
         return self.override(self.names[n], value) if n in self.names else value
 
 
-def disabled_decisions(module: DynamicModule) -> Mapping[str, int]:
-    """Decisions that are known before any input is seen: exits that are switched off."""
-    return {name: 0 for name, e in module.exits.items() if not bool(e.enabled)}
+def disabled_decisions(module: DynamicModule) -> dict[str, int]:
+    """The arm of each decision that is known before any input is seen: that of an exit or gate that is switched off."""
+    exits = {name: 0 for name, e in module.exits.items() if not bool(e.enabled)}
+    return exits | disabled_gates(module)
+
+
+def disabled_gates(module: DynamicModule) -> dict[str, int]:
+    """The decisions of gates that are switched off, with the arm that computes everything."""
+    gates = {name: g for name, g in module.gates.items() if isinstance(g, Gate) and not bool(g.enabled)}
+    owners = decision_owners(module.graph.fx)
+    return {decision: gates[owner].open_arm for decision, owner in owners.items() if owner in gates}
+
+
+def decision_owners(graph: fx.Graph) -> dict[str, str]:
+    """For each decision, by name and in order of execution, the exit or gate that makes it; "" for the user's own."""
+    decisions = (decision_of(node) for node in graph.nodes if is_select(node))
+    return {decision_name(decision): str(decision.meta.get("owner", "")) for decision in decisions}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dyncompile.errors import ArgumentError
 from dyncompile.lowering.lowered import LoweredModule
-from dyncompile.module import DynamicModule
+from dyncompile.module import DynamicModule, decision_owners
 
 Shares = Mapping[str, float | Tensor] | Sequence[float]
 
@@ -122,7 +122,7 @@ def _stable(name: str) -> int:
 
 
 def _checked(dyn: DynamicModule, shares: Shares) -> dict[str, float | Tensor]:
-    known = [*dyn.exits, *dyn.gates]
+    known = list(dict.fromkeys((*dyn.exits, *decision_owners(dyn.graph.fx))))
     named = shares.items() if isinstance(shares, Mapping) else zip(dyn.exits, shares, strict=False)
     given: dict[str, float | Tensor] = dict(named)
     if not isinstance(shares, Mapping) and len(shares) > len(dyn.exits):

@@ -1,7 +1,6 @@
 """Early exit: a prediction head after chosen cut points; a sample leaves at the first that is sure enough."""
 
 import dataclasses
-import operator
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
@@ -168,19 +167,8 @@ class EarlyExit(Pass):
             features=len(inputs),
             learned=graph.task == "regression",
         )
-        graph.add_module(f"exits.{site.name}", module.to(graph.inputs[0].device, target.dtype))
-        order = {n: i for i, n in enumerate(graph.fx.nodes)}
-        last = max((*inputs, *earlier, graph.placeholders[-1]), key=lambda n: order[n])
-        with graph.fx.inserting_after(last):
-            call = graph.fx.create_node("call_module", f"exits.{site.name}", (*inputs, *earlier))
-        parts: list[fx.Node] = []
-        for i, tap in enumerate(("exit", "confidence", "decision")):
-            with graph.fx.inserting_after(parts[-1] if parts else call):
-                part = graph.fx.call_function(operator.getitem, (call, i))
-            part.meta.update(tap=(tap, site.name), owner=site.name, cut=site.node)
-            parts.append(part)
-        prediction, _, decision = parts
-        decision.meta["decision"] = site.name
+        taps = ("exit", "confidence", "decision")
+        prediction, _, decision = graph.insert(f"exits.{site.name}", module, [*inputs, *earlier], taps, cut=site.node)
         self._route(graph, decision, prediction)
 
     def _route(self, graph: Graph, decision: fx.Node, prediction: fx.Node) -> None:

@@ -1,7 +1,21 @@
-"""What passes insert: exits, heads, criteria."""
+"""What passes insert: exits and their heads and criteria, gates and their estimators."""
 
 from dyncompile.nn.criteria import CRITERIA, Criterion, certainty
+from dyncompile.nn.estimators import ESTIMATORS, Estimator, build_estimator
 from dyncompile.nn.exits import Exit
+from dyncompile.nn.gates import Gate
 from dyncompile.nn.heads import Feature, Pool, build_head
 
-__all__ = ["CRITERIA", "Criterion", "Exit", "Feature", "Pool", "build_head", "certainty"]
+__all__ = [
+    "CRITERIA",
+    "ESTIMATORS",
+    "Criterion",
+    "Estimator",
+    "Exit",
+    "Feature",
+    "Gate",
+    "Pool",
+    "build_estimator",
+    "build_head",
+    "certainty",
+]

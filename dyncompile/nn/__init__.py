@@ -5,7 +5,7 @@ from dyncompile.nn.estimators import ESTIMATORS, Estimator, build_estimator
 from dyncompile.nn.exits import Exit
 from dyncompile.nn.gates import Gate
 from dyncompile.nn.heads import Feature, Pool, build_head
-from dyncompile.nn.policies import FeedForwardPolicy
+from dyncompile.nn.policies import FeedForwardPolicy, RecurrentPolicy
 
 __all__ = [
     "CRITERIA",
@@ -17,6 +17,7 @@ __all__ = [
     "FeedForwardPolicy",
     "Gate",
     "Pool",
+    "RecurrentPolicy",
     "build_estimator",
     "build_head",
     "certainty",

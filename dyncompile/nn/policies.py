@@ -1,5 +1,6 @@
 """Policies: what a gate decides by. Each gives logits of what to compute, and starts open for nearly every sample."""
 
+import torch
 from torch import Tensor, nn
 
 from dyncompile.nn.gates import OPEN_LOGIT
@@ -20,11 +21,68 @@ class FeedForwardPolicy(nn.Module):
         self.pool = Pool(feature)
         self.norm = nn.LayerNorm(feature.channels)
         self.inner = nn.Linear(feature.channels, hidden)
-        self.outer = nn.Linear(hidden, max(outputs, 1))
+        self.outer = opening(hidden, outputs)
         self.squeeze = outputs == 0
-        nn.init.constant_(self.outer.bias, OPEN_LOGIT)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits for features and, where they have one, their mask `[N, L]`."""
         logits = self.outer(self.inner(self.norm(self.pool(x, mask))).relu())
         return logits.squeeze(-1) if self.squeeze else logits  # type: ignore[no-any-return]
+
+
+class RecurrentCore(nn.Module):
+    """What the gates of a recurrent policy share: an LSTM cell that runs from gate to gate, and the layer after it.
+
+    Args:
+        hidden: Width of what goes in and of the state.
+    """
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.cell = nn.LSTMCell(hidden, hidden)
+        self.outer = opening(hidden)
+
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Logit `[N]` and next state for what a gate saw, `[N, hidden]`."""
+        h, c = self.cell(x, state)
+        return self.outer(h).squeeze(-1), h, c
+
+
+class RecurrentPolicy(nn.Module):
+    """One gate of a recurrent policy (SkipNet, arXiv 1711.09485): its own projection into the shared core.
+
+    Args:
+        feature: What it reads.
+        core: Shared with the other gates.
+    """
+
+    def __init__(self, feature: Feature, core: RecurrentCore) -> None:
+        super().__init__()
+        self.pool = Pool(feature)
+        self.norm = nn.LayerNorm(feature.channels)
+        self.project = nn.Linear(feature.channels, core.cell.input_size)
+        self.core = core
+        self.masked = feature.masked
+
+    def forward(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits and state.
+
+        Args:
+            x: Features.
+            rest: Their mask `[N, L]` where they have one, then `h` and `c` of the gate before, `[N, hidden]`;
+                the first gate has none.
+
+        Returns:
+            Logits `[N]`, then `h` and `c`.
+        """
+        mask, state = (rest[0], rest[1:]) if self.masked else (None, rest)
+        seen = self.project(self.norm(self.pool(x, mask)))
+        return self.core(seen, (state[0], state[1]) if state else None)  # type: ignore[no-any-return]
+
+
+def opening(width: int, outputs: int = 0) -> nn.Linear:
+    """The last layer of a policy, which starts open: `outputs` logits, or 0 for one."""
+    layer = nn.Linear(width, max(outputs, 1))
+    with torch.no_grad():
+        layer.bias.fill_(OPEN_LOGIT)
+    return layer

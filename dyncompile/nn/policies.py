@@ -1,8 +1,11 @@
 """Policies: what a gate decides by. Each gives logits of what to compute, and starts open for nearly every sample."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
+from dyncompile.errors import ArgumentError
 from dyncompile.nn.gates import OPEN_LOGIT
 from dyncompile.nn.heads import Feature, Pool
 
@@ -78,6 +81,47 @@ class RecurrentPolicy(nn.Module):
         mask, state = (rest[0], rest[1:]) if self.masked else (None, rest)
         seen = self.project(self.norm(self.pool(x, mask)))
         return self.core(seen, (state[0], state[1]) if state else None)  # type: ignore[no-any-return]
+
+
+class ConvolutionalPolicy(nn.Module):
+    """A small strided convolutional network over a model's input (as the policy network of BlockDrop, 1711.08393).
+
+    A first layer leaves at most about 16 positions along each dim, two more halve them, then mean and projection.
+
+    Args:
+        feature: What it reads: `[N, C, ...]` in any order of dims, with one to three dims to convolve over.
+        width: Channels of the first layer; the next two have two and four times as many.
+        outputs: Logits per sample, `[N, outputs]`.
+    """
+
+    def __init__(self, feature: Feature, width: int, outputs: int) -> None:
+        super().__init__()
+        self.dims = (feature.batch_dim, feature.channel_dim)
+        sizes = [size for dim, size in enumerate(feature.shape) if dim not in self.dims]
+        if not 1 <= len(sizes) <= 3:
+            raise ArgumentError(
+                "features", found=f"{list(feature.shape)}", expected="one to three dims to convolve over"
+            )
+        convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(sizes) - 1]
+        stride = tuple(max(2, size // 16) for size in sizes)
+        kernel = tuple(max(3, step) for step in stride)
+        padding = tuple(1 if k > s else 0 for k, s in zip(kernel, stride, strict=True))
+        self.layers = nn.Sequential(
+            convolution(feature.channels, width, kernel, stride, padding),
+            nn.GroupNorm(1, width),
+            nn.ReLU(),
+            convolution(width, 2 * width, 3, 2, 1),
+            nn.GroupNorm(1, 2 * width),
+            nn.ReLU(),
+            convolution(2 * width, 4 * width, 3, 2, 1),
+            nn.GroupNorm(1, 4 * width),
+            nn.ReLU(),
+        )
+        self.outer = opening(4 * width, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits for an input of the shape that the feature tells."""
+        return self.outer(self.layers(x.movedim(self.dims, (0, 1))).flatten(2).mean(-1))  # type: ignore[no-any-return]
 
 
 def opening(width: int, outputs: int = 0) -> nn.Linear:

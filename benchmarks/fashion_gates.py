@@ -1,19 +1,19 @@
 """Gates on real data: Fashion-MNIST, a ResNet-20 trained here, converted, fine-tuned to a target cost and tested.
 
-`python -m benchmarks.fashion_gates --strategy layer_skip --out fashion_gates.json` trains the static model (once: its
-weights are kept in `--cache`), and for each seed converts it, fine-tunes it to `--target-cost` and measures the untouched
-test set: accuracy against the static model's, cost counted by the decisions that were taken, and how often each gate
+`python -m benchmarks.fashion_gates --strategy layer_skip --out fashion_gates.json` trains the static model (once:
+its weights are kept in `--cache`), and for each seed converts it, fine-tunes it to `--target-cost` and measures the
+untouched test set: accuracy against the static model, cost counted by the decisions taken, and how often each gate
 was open. A seed that was stopped goes on where it was.
 
 Protocol:
-- The static model is that of the demo: trained on 55,000 images, augmented; 5,000 are held out, 10,000 are the test set,
+- The static model is that of the demo: trained on 55,000 augmented images; 5,000 are held out, 10,000 are the test set,
   which is looked at once, after training.
 - Nothing is chosen by the test set; the last weights are kept, gates decide as they come out of training (no bias).
 - All figures are of evaluation: hard decisions, batch norm statistics of the samples that reach each norm.
 """
 
 import argparse
-import json
+import contextlib
 import shlex
 import sys
 import time
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import dyncompile as dc
 from benchmarks import harness
+from benchmarks.cases import torchvision
 from benchmarks.harness import Report, Table, Target
 from dyncompile.demo.datasets import Images, load
 from dyncompile.demo.models import ResNet
@@ -51,6 +52,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("fashion_gates.json"), help="JSON; Markdown goes beside it")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    with contextlib.suppress(ImportError):
+        torchvision()  # which Lightning imports where it is there, even if it does not fit the installed torch
     images = load(options.data)
     if options.samples:
         images = _shortened(images, options.samples)

@@ -73,9 +73,7 @@ def test_every_decision_finds_its_probability(several):
     assert torch.equal(found["block1"], several.probabilities["policy"][:, 1])
     assert torch.equal(found["level"], several.probabilities["level"])
     routes = torch.rand(N, 2, 3)
-    pair = traced(
-        {"r0": routes[:, 0], "r1": routes[:, 1]}, {"p": routes}, {"r0": "p", "r1": "p"}, {"r0": 3, "r1": 3}
-    )
+    pair = traced({"r0": routes[:, 0], "r1": routes[:, 1]}, {"p": routes}, {"r0": "p", "r1": "p"}, {"r0": 3, "r1": 3})
     assert torch.equal(gate_probabilities(pair)["r1"], routes[:, 1])
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -144,6 +144,21 @@ class _Probe(fx.Interpreter):
             recurrent = _recurrent_flops(self.fetch_attr(str(n.target)), args, value)
             self.flops[n] = self.flops[n] if recurrent is None else recurrent
         return value
+
+
+def module_flops(build: Callable[[], nn.Module], inputs: Sequence[fx.Node]) -> float:
+    """FLOPs per sample of a module that would read some nodes, counted without its weights.
+
+    Args:
+        build: Makes it.
+        inputs: What it would read, propagated.
+    """
+    with torch.device("meta"):
+        module = build().eval()
+        values = [torch.empty(spec(node).shape, dtype=spec(node).dtype) for node in inputs]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module.to(next((v.dtype for v in values if v.is_floating_point()), None))(*values)
+    return float(counter.get_total_flops())
 
 
 def _recurrent_flops(module: nn.Module | None, args: tuple[Any, ...], value: Any) -> int | None:

@@ -4,17 +4,17 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
-import torch
 from torch import fx, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from dyncompile.errors import ArgumentError
-from dyncompile.graph import Graph, Spec, is_tensor, spec
+from dyncompile.features import feature, token_mask
+from dyncompile.graph import Graph, Spec, spec
 from dyncompile.nn import Criterion, Exit, Feature, build_head, certainty
 from dyncompile.nn.criteria import REDUCTIONS, reads_earlier
 from dyncompile.ops import SELECT
 from dyncompile.passes.base import Pass, Refusal, Site, find
 from dyncompile.placement import place, prefixes
+from dyncompile.shapes import module_flops
 from dyncompile.tails import clone_tail, tail_flops, tail_inputs, tail_start
 
 _HEADS = ("linear", "conv", "clone")
@@ -114,22 +114,16 @@ class EarlyExit(Pass):
             expected = "outputs that are there at the exit; keep the prediction alone: prediction_only=True"
             raise ArgumentError("outputs", found=f"`{late}`, which is computed later", expected=expected)
         clone = self.head == "clone"
-        flops = tail_flops(graph, tail_start(graph, node)) if clone else self._head_flops(graph, node)
+        if clone:
+            flops = tail_flops(graph, tail_start(graph, node))
+        else:
+            flops = module_flops(lambda: self._head(graph, [node]), self._inputs(graph, [node]))
         share = flops / (graph.total_flops or 1.0)
         if depth + share >= 1:
             raise ArgumentError(
                 "head", found="a head as dear as what an exit here could save", expected="a cheaper one"
             )
         return share
-
-    def _head_flops(self, graph: Graph, node: fx.Node) -> float:
-        """FLOPs of a head for one sample, counted without its weights."""
-        with torch.device("meta"):
-            head = self._head(graph, [node]).eval()
-            inputs = [torch.empty(spec(n).shape) for n in self._inputs(graph, [node])]
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            head(*inputs)
-        return float(counter.get_total_flops())
 
     def _choose(
         self, candidates: list[fx.Node], depth: dict[fx.Node, float], heads: dict[fx.Node, float]
@@ -205,19 +199,7 @@ class EarlyExit(Pass):
         )
 
     def _feature(self, graph: Graph, node: fx.Node) -> Feature:
-        value = spec(node)
-        channel_dim = graph.channel_dim(node)
-        if channel_dim == value.batch_dim or value.batch_dim is None:
-            raise ArgumentError("head", found=f"features {list(value.shape)}", expected="channels beside the batch")
-        mask = _mask(graph, node)
-        return Feature(
-            shape=value.shape,
-            batch_dim=value.batch_dim,
-            channel_dim=channel_dim,
-            pool=_pooling(graph, node) if self.pool == "auto" else self.pool,
-            masked=mask is not None,
-            padding=mask is not None and "pad" in mask.name,
-        )
+        return feature(graph, node, mask=_mask(graph, node), pool=self.pool)
 
 
 def class_dim(target: Spec) -> int:
@@ -247,34 +229,5 @@ def _late_output(graph: Graph, cut: fx.Node) -> str | None:
 
 
 def _mask(graph: Graph, node: fx.Node) -> fx.Node | None:
-    """The input that marks the tokens of a feature: integers or booleans `[N, L]` named like a mask.
-
-    One named like padding marks what to leave out. Heads that predict for every token need none.
-    """
-    value = spec(node)
-    if len(value.shape) != 3 or value.batch_dim != 0 or len(spec(graph.final).shape) > 2:
-        return None
-    for source in graph.placeholders:
-        named = "mask" in source.name or "pad" in source.name
-        if named and is_tensor(source) and spec(source).shape == value.shape[:2]:
-            return None if spec(source).dtype.is_floating_point else source
-    return None
-
-
-def _pooling(graph: Graph, node: fx.Node) -> str:
-    """How the model itself turns tokens or steps into one vector: read off the operation nearest to its output."""
-    value = spec(node)
-    if len(value.shape) != 3:
-        return "mean"
-    steps = 0 if value.batch_dim == 1 else 1
-    aten = torch.ops.aten
-    for other in reversed(graph.fx.nodes):
-        if other not in graph.trunk:
-            continue
-        if other.target is aten.index.Tensor and len(other.args[1]) == 2:
-            return "last"
-        if other.target is aten.select.int and len(spec(other.args[0]).shape) == 3:
-            _, dim, index = other.args
-            if dim == steps:
-                return "cls" if index == 0 else "last"
-    return "mean"
+    """The mask of a cut point's tokens; heads that predict for every token or pixel need none."""
+    return None if len(spec(graph.final).shape) > 2 else token_mask(graph, node)

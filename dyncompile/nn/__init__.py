@@ -5,6 +5,7 @@ from dyncompile.nn.estimators import ESTIMATORS, Estimator, build_estimator
 from dyncompile.nn.exits import Exit
 from dyncompile.nn.gates import Gate
 from dyncompile.nn.heads import Feature, Pool, build_head
+from dyncompile.nn.policies import FeedForwardPolicy
 
 __all__ = [
     "CRITERIA",
@@ -13,6 +14,7 @@ __all__ = [
     "Estimator",
     "Exit",
     "Feature",
+    "FeedForwardPolicy",
     "Gate",
     "Pool",
     "build_estimator",

@@ -1,0 +1,70 @@
+"""What an inserted module reads at a node: its shape as a `Feature`, the mask of its tokens, how the model pools."""
+
+import torch
+from torch.fx import Node
+
+from dyncompile.errors import ArgumentError
+from dyncompile.graph import Graph, is_tensor, spec
+from dyncompile.nn.heads import Feature
+
+
+def feature(graph: Graph, node: Node, *, mask: Node | None, pool: str) -> Feature:
+    """Describe a node's value to the module that will read it.
+
+    Args:
+        graph: The node's graph.
+        node: What is read.
+        mask: What `token_mask` found, if the module is given it.
+        pool: "mean", "cls", "last", or "auto": as the model itself pools.
+
+    Raises:
+        ArgumentError: The value has no channels beside the batch.
+    """
+    value = spec(node)
+    channel_dim = graph.channel_dim(node)
+    if channel_dim == value.batch_dim or value.batch_dim is None:
+        raise ArgumentError("features", found=f"{list(value.shape)}", expected="channels beside the batch")
+    return Feature(
+        shape=value.shape,
+        batch_dim=value.batch_dim,
+        channel_dim=channel_dim,
+        pool=pooling(graph, node) if pool == "auto" else pool,
+        masked=mask is not None,
+        padding=mask is not None and "pad" in mask.name,
+    )
+
+
+def token_mask(graph: Graph, node: Node) -> Node | None:
+    """The input that marks the tokens of a value: integers or booleans `[N, L]` named like a mask.
+
+    One named like padding marks what to leave out.
+    """
+    value = spec(node)
+    if len(value.shape) != 3 or value.batch_dim is None:
+        return None
+    rest = {0, 1, 2} - {value.batch_dim, graph.channel_dim(node)}
+    tokens = tuple(value.shape[dim] for dim in (value.batch_dim, *rest))
+    for source in graph.placeholders:
+        named = "mask" in source.name or "pad" in source.name
+        if named and is_tensor(source) and spec(source).batch_dim == 0 and spec(source).shape == tokens:
+            return None if spec(source).dtype.is_floating_point else source
+    return None
+
+
+def pooling(graph: Graph, node: Node) -> str:
+    """How the model itself turns tokens or steps into one vector: read off the operation nearest to its output."""
+    value = spec(node)
+    if len(value.shape) != 3:
+        return "mean"
+    steps = 0 if value.batch_dim == 1 else 1
+    aten = torch.ops.aten
+    for other in reversed(graph.fx.nodes):
+        if other not in graph.trunk:
+            continue
+        if other.target is aten.index.Tensor and len(other.args[1]) == 2:
+            return "last"
+        if other.target is aten.select.int and len(spec(other.args[0]).shape) == 3:
+            _, dim, index = other.args
+            if dim == steps:
+                return "cls" if index == 0 else "last"
+    return "mean"

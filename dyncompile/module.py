@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from dyncompile.capture.check import resize
 from dyncompile.cost import CostModel, cost_model, exit_costs
-from dyncompile.demand import analyse, decision_name
+from dyncompile.demand import decision_name, stands_in
 from dyncompile.errors import ArgumentError, CaptureError
 from dyncompile.graph import Graph, is_tensor, program, spec
 from dyncompile.nn import Exit, Gate
@@ -228,11 +228,10 @@ class DynamicModule(nn.Module):
 
     def inspect(self) -> str:
         """The regions, their guards, how many operations they hold and their share of the static model's cost."""
-        demand = analyse(self._graph.fx)
-        weights = self.cost_model(list(self.exits)).weights
+        model = cost_model(self._graph.fx)
         rows = [
             (region.name, str(len(region.nodes)), f"{100 * weight:.1f} %")
-            for region, weight in zip(demand.regions, weights, strict=True)
+            for region, weight in zip(model.regions, model.weights, strict=True)
         ]
         rows.insert(0, ("region (guard)", "ops", "cost"))
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
@@ -267,6 +266,7 @@ class _Overriding(fx.Interpreter):
         super().__init__(module, graph=module._trace_graph())
         self.override = override
         self.names = {decision_of(n): decision_name(decision_of(n)) for n in self.graph.nodes if is_select(n)}
+        self.names.update({n: str(n.meta["decision"]) for n in self.graph.nodes if "decision" in n.meta})
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -288,5 +288,11 @@ def disabled_gates(module: DynamicModule) -> dict[str, int]:
 
 def decision_owners(graph: fx.Graph) -> dict[str, str]:
     """For each decision, by name and in order of execution, the exit or gate that makes it; "" for the user's own."""
-    decisions = (decision_of(node) for node in graph.nodes if is_select(node))
-    return {decision_name(decision): str(decision.meta.get("owner", "")) for decision in decisions}
+    owners: dict[str, str] = {}
+    for node in graph.nodes:
+        if is_select(node):
+            decision = decision_of(node)
+            owners.setdefault(decision_name(decision), str(decision.meta.get("owner", "")))
+        elif name := stands_in(node):
+            owners.setdefault(name, str(node.meta["owner"]))
+    return owners

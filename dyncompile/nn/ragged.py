@@ -75,7 +75,7 @@ class Ragged:
             given = [s[:rows].unsqueeze(0) for s in now]
             part = compact[start:end, :rows]
             hx = given if len(given) > 1 else given[0]
-            out, *after = KERNELS[form.mode](part, hx, weights, form.bias, 1, 0.0, False, False, False)  # noqa: FBT003
+            out, *after = KERNELS[form.mode](part, hx, weights, form.bias, 1, 0.0, False, False, False)
             outputs[1 + start : 1 + end, :rows] = out
             for old, new in zip(now, after, strict=True):
                 old[:rows] = new[0]

@@ -236,7 +236,7 @@ class DynamicModule(nn.Module):
         rows.insert(0, ("region (guard)", "ops", "cost"))
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = [f"{name:<{widths[0]}}  {ops:>{widths[1]}}  {share:>{widths[2]}}" for name, ops, share in rows]
-        total = f"static model: {self.cost_model().static / 1e6:.2f} MFLOPs per sample"
+        total = f"static model: {model.static / 1e6:.2f} MFLOPs per sample"
         return "\n".join([*lines, total])
 
     # --- the static model ------------------------------------------------------------------------

@@ -7,9 +7,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from dyncompile.demand import stands_in
 from dyncompile.errors import ArgumentError
 from dyncompile.lowering.lowered import LoweredModule
 from dyncompile.module import DynamicModule, decision_owners
+from dyncompile.nn import Gate
 
 Shares = Mapping[str, float | Tensor] | Sequence[float]
 
@@ -21,8 +23,9 @@ def forced(model: DynamicModule | LoweredModule, shares: Shares, *, seed: int = 
     Args:
         model: A dynamic model or a lowered one.
         shares: For each exit the share of all samples that leave there, for each gate the share that it keeps; or a
-            mask `[N]` bool in input order. A sequence gives the exits' shares in order. Decisions that are not named
-            are left as they are; exits must be enabled to be forced in a lowered model.
+            mask `[N]` bool in input order, `[N * r]` where a sample has r decisions. A sequence gives the exits'
+            shares in order. Decisions that are not named are left as they are; exits must be enabled to be forced in
+            a lowered model.
         seed: Which samples are drawn; the same seed draws the same samples for the same batch size.
 
     Raises:
@@ -131,12 +134,21 @@ def _checked(dyn: DynamicModule, shares: Shares) -> dict[str, float | Tensor]:
     for name, share in given.items():
         if name not in known:
             raise ArgumentError("shares", found=repr(name), expected=f"names among {known}")
+        if name in _within(dyn):
+            found = f"{name!r}, whose agent reads the state that its own decisions make"
+            raise ArgumentError("shares", found=found, expected="a decision that is made ahead")
         if not isinstance(share, Tensor) and not 0 <= share <= 1:
             raise ArgumentError(f"shares[{name!r}]", found=share, expected="a share in [0, 1] or a mask")
     total = sum(s for n, s in given.items() if n in dyn.exits and not isinstance(s, Tensor))
     if total > 1 + 1e-9:
         raise ArgumentError("shares", found=f"exits that sum to {total}", expected="at most 1")
     return given
+
+
+def _within(dyn: DynamicModule) -> set[str]:
+    """Decisions that are made inside of what they control."""
+    nodes = dyn.graph.fx.nodes
+    return {name for n in nodes if (name := stands_in(n)) and isinstance(dyn.graph.module_of(n), Gate)}
 
 
 __all__ = ["Shares", "forced"]

@@ -139,9 +139,9 @@ class FrameSkip(Pass):
             admitted = graph.fx.create_node("call_module", f"_modes.{site.name}", (decision,))
         admitted.meta.update(decision=site.name, owner=site.name)
         with graph.fx.inserting_before(reader):
-            rows = graph.fx.call_function(torch.ops.aten.sym_size.int, (decision, 0))
             zero = graph.fx.create_node("get_attr", nothing)
-            otherwise = graph.fx.call_function(torch.ops.aten.expand.default, (zero, [rows, width]))
+            rows = graph.fx.call_function(torch.ops.aten.unsqueeze.default, (admitted, 1))
+            otherwise = graph.fx.call_function(torch.ops.aten.mul.Tensor, (zero, rows))
             chosen = graph.fx.call_function(SELECT, (admitted, features, otherwise))
         reader.replace_input_with(features, chosen)
         return decision
@@ -152,19 +152,20 @@ class FrameSkip(Pass):
         static = tuple(nodes[0] if nodes else None for nodes in results.parts)
         skipping = SkippingLayer(layer.form, cell_read=static[-1] is not None)
         with graph.fx.inserting_before(results.last.next):
+            state = layer.state
+            if isinstance(state, fx.Node) and isinstance(state.meta["spec"], tuple):
+                state = tuple(graph.fx.call_function(operator.getitem, (state, i)) for i in range(2))
             weights = [graph.fx.create_node("get_attr", path) for path in layer.weights]
             if decision is not None:
                 graph.add_module(f"_modes.{site.name}_{number}", skipping)
-                inputs = (static, decision, layer.x, layer.state, *weights)
+                inputs = (static, decision, layer.x, state, *weights)
                 call = graph.fx.create_node("call_module", f"_modes.{site.name}_{number}", inputs)
             else:
                 width = spec(layer.x).shape[-1] + layer.form.output_size
                 policy = FramePolicy((width,), self.hidden)
                 gate = StepGate(policy, estimator=build_estimator(self.estimator), layer=skipping)
                 graph.add_module(f"gates.{site.name}", gate.to(graph.inputs[0].device, graph.dtype))
-                call = graph.fx.create_node(
-                    "call_module", f"gates.{site.name}", (static, layer.x, layer.state, *weights)
-                )
+                call = graph.fx.create_node("call_module", f"gates.{site.name}", (static, layer.x, state, *weights))
             found = [
                 graph.fx.call_function(operator.getitem, (call, i)) if part else None for i, part in enumerate(static)
             ]

@@ -151,7 +151,7 @@ class Graph:
         probe(self.root, self.fx, self.inputs, self.batch_dims)
 
     def flops(self, node: Node) -> float:
-        """FLOPs of a node per sample (a multiply-add is two), as `torch.utils.flop_counter` counts them."""
+        """FLOPs of a node per sample (a multiply-add is two), as `dyncompile.shapes.flop_counter` counts them."""
         return float(node.meta["flops"])
 
     @property

@@ -6,13 +6,14 @@ from dyncompile.nn.exits import Exit
 from dyncompile.nn.frames import Admission, FramePolicy, SequencePolicy
 from dyncompile.nn.gates import Gate
 from dyncompile.nn.heads import Feature, Pool, build_head
-from dyncompile.nn.policies import FeedForwardPolicy
+from dyncompile.nn.policies import ConvolutionalPolicy, FeedForwardPolicy, RecurrentPolicy
 from dyncompile.nn.recurrent import SkippingLayer, StepGate
 
 __all__ = [
     "CRITERIA",
     "ESTIMATORS",
     "Admission",
+    "ConvolutionalPolicy",
     "Criterion",
     "Estimator",
     "Exit",
@@ -21,6 +22,7 @@ __all__ = [
     "FramePolicy",
     "Gate",
     "Pool",
+    "RecurrentPolicy",
     "SequencePolicy",
     "SkippingLayer",
     "StepGate",

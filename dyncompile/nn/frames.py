@@ -3,37 +3,32 @@
 import torch
 from torch import Tensor, nn
 
-from dyncompile.nn.gates import OPEN_LOGIT
+from dyncompile.nn.heads import Feature
+from dyncompile.nn.policies import ConvolutionalPolicy, opening
 
 
 class FramePolicy(nn.Module):
     """Reads each frame alone, and says how much it is wanted.
 
-    Vectors go through two linear layers; feature maps and images `[C, L]`, `[C, H, W]` or `[C, D, H, W]` first through
-    two strided convolutions and a mean.
+    Vectors go through two layers; feature maps and images `[C, L]`, `[C, H, W]` or `[C, D, H, W]` through a small
+    convolutional network.
 
     Args:
         shape: Of one frame.
-        hidden: Width between the layers.
+        hidden: Width of the first layer.
     """
 
     def __init__(self, shape: tuple[int, ...], hidden: int) -> None:
         super().__init__()
-        channels, *sides = shape
-        self.maps = nn.Sequential()
-        if sides:
-            kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(sides) - 1]
-            for width in (channels, hidden):
-                self.maps.append(kind(width, hidden, 3, stride=2, padding=1)).append(nn.ReLU())
-            channels = hidden
-        self.inner = nn.Linear(channels, hidden)
-        self.outer = nn.Linear(hidden, 1)
-        nn.init.constant_(self.outer.bias, OPEN_LOGIT)
+        if len(shape) > 1:
+            feature = Feature(shape=(1, *shape), batch_dim=0, channel_dim=1)
+            self.layers: nn.Module = ConvolutionalPolicy(feature, hidden, 1)
+        else:
+            self.layers = nn.Sequential(nn.Linear(shape[0], hidden), nn.ReLU(), opening(hidden, 1))
 
     def forward(self, frames: Tensor) -> Tensor:
         """Logits `[R]` for frames `[R, ...]`."""
-        features = self.maps(frames).flatten(2).mean(2) if len(self.maps) else frames
-        return self.outer(self.inner(features).relu()).squeeze(-1)  # type: ignore[no-any-return]
+        return self.layers(frames).squeeze(-1)  # type: ignore[no-any-return]
 
 
 class SequencePolicy(nn.Module):

@@ -1,6 +1,5 @@
 """Policies: what a gate decides by. Each gives logits of what to compute, and starts open for nearly every sample."""
 
-
 import torch
 from torch import Tensor, nn
 

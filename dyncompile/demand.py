@@ -179,12 +179,14 @@ def _depths(graph: fx.Graph) -> dict[fx.Node, int]:
     return depth
 
 
-def specialise(graph: fx.Graph, fixed: Mapping[str, int]) -> fx.Graph:
+def specialise(graph: fx.Graph, fixed: Mapping[str, int], *, training: bool = False) -> fx.Graph:
     """Copy a graph with some decisions known: their selects collapse to an arm, and what nobody needs is dropped.
 
     Args:
         graph: Left as it is.
         fixed: The arm that each known decision takes, by the decision's name.
+        training: Keep what does something in training only (metadata `training_only`); in evaluation its value is its
+            first argument.
 
     Returns:
         The copy; nodes keep their names and metadata.
@@ -195,6 +197,9 @@ def specialise(graph: fx.Graph, fixed: Mapping[str, int]) -> fx.Graph:
     for node in list(copied.nodes):
         if is_select(node) and decision_name(decision_of(node)) in fixed:
             node.replace_all_uses_with(arms_of(node)[fixed[decision_name(decision_of(node))]])
+            copied.erase_node(node)
+        elif node.meta.get("training_only") and not training:
+            node.replace_all_uses_with(node.args[0])
             copied.erase_node(node)
     sweep(copied)
     return copied

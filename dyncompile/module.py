@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from dyncompile.capture.check import resize
 from dyncompile.cost import CostModel, cost_model, exit_costs
-from dyncompile.demand import analyse, decision_name
+from dyncompile.demand import decision_name, specialise
 from dyncompile.errors import ArgumentError, CaptureError
 from dyncompile.graph import Graph, is_tensor, program, spec
 from dyncompile.nn import Exit, Gate
@@ -23,6 +23,8 @@ Unit = Literal["flops", "time"]
 
 Override = Callable[[str, Tensor], Tensor]
 """Replaces a decision, given its name and value."""
+
+Program = Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +90,7 @@ class DynamicModule(nn.Module):
         self.task = graph.task
         self._override: Override | None = None
         # Made here and not when first called, so that torch.compile finds plain functions.
-        self._forward = program(graph.fx)
-        self._trace = program(self._trace_graph())
+        self._forward, self._trace = self._programs()
         self._costs: dict[tuple[str, tuple[tuple[str, int], ...]], CostModel] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -122,7 +123,7 @@ class DynamicModule(nn.Module):
         inputs = self._graph.bind(args, kwargs)
         if self._override is not None:
             return self.trace(*args, **kwargs).output
-        return signature.unflatten(self._forward(self, *inputs))
+        return signature.unflatten(self._forward[self.training](self, *inputs))
 
     def trace(self, *args: Any, **kwargs: Any) -> Trace:
         """Run densely and return every exit's prediction, every decision and the cost of each sample.
@@ -137,7 +138,7 @@ class DynamicModule(nn.Module):
         inputs = self._graph.bind(args, kwargs)
         nodes = self._taps()
         if self._override is None:
-            values = self._trace(self, *inputs)
+            values = self._trace[self.training](self, *inputs)
         else:
             values = _Overriding(self, self._override).run(*inputs)
         output = self._graph.signature.unflatten(values[0])
@@ -170,13 +171,24 @@ class DynamicModule(nn.Module):
                 nodes.setdefault(("decision", decision_name(decision)), decision)
         return nodes
 
-    def _trace_graph(self) -> fx.Graph:
+    def _trace_graph(self, training: bool) -> fx.Graph:
         traced = fx.Graph()
         mapping: dict[fx.Node, fx.Node] = {}
         output = traced.graph_copy(self._graph.fx, mapping)
         taps = tuple(mapping[node] for node in self._taps().values())
         traced.output((output, mapping[self._graph.final], taps))
-        return traced
+        settled = _settled(traced) if training else {}
+        return specialise(traced, settled, training=True) if settled else traced
+
+    def _programs(self) -> tuple[dict[bool, Program], dict[bool, Program]]:
+        """What `forward` and `trace` run, by mode: training leaves the arms out that it never takes."""
+        graph = self._graph.fx
+        settled = _settled(graph)
+        forward, trace = program(graph), program(self._trace_graph(training=False))
+        if not settled:
+            return {False: forward, True: forward}, {False: trace, True: trace}
+        training = program(specialise(graph, settled, training=True))
+        return {False: forward, True: training}, {False: trace, True: program(self._trace_graph(training=True))}
 
     # --- cost ------------------------------------------------------------------------------------
 
@@ -228,16 +240,15 @@ class DynamicModule(nn.Module):
 
     def inspect(self) -> str:
         """The regions, their guards, how many operations they hold and their share of the static model's cost."""
-        demand = analyse(self._graph.fx)
-        weights = self.cost_model(list(self.exits)).weights
+        costs = cost_model(self._graph.fx)
         rows = [
             (region.name, str(len(region.nodes)), f"{100 * weight:.1f} %")
-            for region, weight in zip(demand.regions, weights, strict=True)
+            for region, weight in zip(costs.regions, costs.weights, strict=True)
         ]
         rows.insert(0, ("region (guard)", "ops", "cost"))
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = [f"{name:<{widths[0]}}  {ops:>{widths[1]}}  {share:>{widths[2]}}" for name, ops, share in rows]
-        total = f"static model: {self.cost_model().static / 1e6:.2f} MFLOPs per sample"
+        total = f"static model: {costs.static / 1e6:.2f} MFLOPs per sample"
         return "\n".join([*lines, total])
 
     # --- the static model ------------------------------------------------------------------------
@@ -264,13 +275,19 @@ class _Overriding(fx.Interpreter):
     """Runs the trace graph with some decisions replaced."""
 
     def __init__(self, module: DynamicModule, override: Override) -> None:
-        super().__init__(module, graph=module._trace_graph())
+        super().__init__(module, graph=module._trace_graph(module.training))
         self.override = override
         self.names = {decision_of(n): decision_name(decision_of(n)) for n in self.graph.nodes if is_select(n)}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         return self.override(self.names[n], value) if n in self.names else value
+
+
+def _settled(graph: fx.Graph) -> dict[str, int]:
+    """The decisions that take one arm in training, whatever the sample (metadata `training_arm`)."""
+    decisions = (decision_of(node) for node in graph.nodes if is_select(node))
+    return {decision_name(d): d.meta["training_arm"] for d in decisions if "training_arm" in d.meta}
 
 
 def disabled_decisions(module: DynamicModule) -> dict[str, int]:

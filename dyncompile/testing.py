@@ -7,9 +7,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from dyncompile.demand import decision_name
 from dyncompile.errors import ArgumentError
 from dyncompile.lowering.lowered import LoweredModule
 from dyncompile.module import DynamicModule, decision_owners
+from dyncompile.ops import decision_of, is_select
 
 Shares = Mapping[str, float | Tensor] | Sequence[float]
 
@@ -22,7 +24,8 @@ def forced(model: DynamicModule | LoweredModule, shares: Shares, *, seed: int = 
         model: A dynamic model or a lowered one.
         shares: For each exit the share of all samples that leave there, for each gate the share that it keeps; or a
             mask `[N]` bool in input order. A sequence gives the exits' shares in order. Decisions that are not named
-            are left as they are; exits must be enabled to be forced in a lowered model.
+            are left as they are, except one that says whether all of several others are on: it is off where one of them
+            is forced off. Exits and gates must be enabled to be forced in a lowered model.
         seed: Which samples are drawn; the same seed draws the same samples for the same batch size.
 
     Raises:
@@ -44,7 +47,7 @@ def forced(model: DynamicModule | LoweredModule, shares: Shares, *, seed: int = 
     """
     dyn = model.dynamic if isinstance(model, LoweredModule) else model
     wanted = _checked(dyn, shares)
-    draw = _Draw(wanted, [n for n in dyn.exits if n in wanted], seed)
+    draw = _Draw(wanted, [n for n in dyn.exits if n in wanted], _conjunctions(dyn), seed)
     if isinstance(model, LoweredModule):
         for name in wanted:
             if name in model.plan.dense:
@@ -66,18 +69,32 @@ def forced(model: DynamicModule | LoweredModule, shares: Shares, *, seed: int = 
 class _Draw:
     """Masks over the whole batch, made when the first decision of a batch is asked for."""
 
-    def __init__(self, shares: Mapping[str, float | Tensor], exits: list[str], seed: int) -> None:
+    def __init__(
+        self,
+        shares: Mapping[str, float | Tensor],
+        exits: list[str],
+        conjunctions: Mapping[str, tuple[str, ...]],
+        seed: int,
+    ) -> None:
         self.shares = shares
         self.exits = exits
+        self.conjunctions = conjunctions
         self.seed = seed
         self.masks: dict[tuple[str, int, torch.device], Tensor] = {}
         self.batch = 0
 
     def __call__(self, name: str, value: Tensor, samples: Tensor | None) -> Tensor:
-        if name not in self.shares:
-            return value
         if samples is None:
             self.batch = value.shape[0]
+        if name in self.shares:
+            return self._forced(name, value, samples)
+        for part in self.conjunctions.get(name, ()):
+            if part in self.shares:
+                value = value * self._forced(part, value, samples)
+        return value
+
+    def _forced(self, name: str, value: Tensor, samples: Tensor | None) -> Tensor:
+        """The mask of a decision, on the rows and in the dtype of a value."""
         key = (name, self.batch, value.device)
         if key not in self.masks:
             self.masks[key] = self._mask(name, self.batch).to(value.device)
@@ -108,6 +125,12 @@ class _Draw:
         mask = torch.zeros(batch, dtype=torch.bool)
         mask[order[_cut(start, batch, offset) : _cut(start + share, batch, offset)]] = True
         return mask
+
+
+def _conjunctions(dyn: DynamicModule) -> dict[str, tuple[str, ...]]:
+    """Decisions that say whether all of several others are on (metadata `all_of`), by name."""
+    decisions = [decision_of(node) for node in dyn.graph.fx.nodes if is_select(node)]
+    return {decision_name(d): d.meta["all_of"] for d in decisions if "all_of" in d.meta}
 
 
 def _cut(share: float, batch: int, offset: float) -> int:

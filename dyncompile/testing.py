@@ -84,8 +84,6 @@ class _Draw:
         self.batch = 0
 
     def __call__(self, name: str, value: Tensor, samples: Tensor | None) -> Tensor:
-        if samples is None:
-            self.batch = value.shape[0]
         if name in self.shares:
             return self._forced(name, value, samples)
         for part in self.conjunctions.get(name, ()):
@@ -95,6 +93,8 @@ class _Draw:
 
     def _forced(self, name: str, value: Tensor, samples: Tensor | None) -> Tensor:
         """The mask of a decision, on the rows and in the dtype of a value."""
+        if samples is None:
+            self.batch = value.shape[0]
         key = (name, self.batch, value.device)
         if key not in self.masks:
             self.masks[key] = self._mask(name, self.batch).to(value.device)

@@ -1,8 +1,10 @@
 """Balanced clusters: groups of one size whose members are alike."""
 
 import itertools
+import warnings
 
 import numpy as np
+from scipy.cluster.vq import kmeans2
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from torch import Tensor
@@ -26,15 +28,10 @@ def balanced_clusters(rows: Tensor, groups: int) -> list[list[int]]:
         For each group its rows, ascending; groups ordered by their first row.
     """
     points = rows.detach().double().cpu().numpy()
-    rng = np.random.default_rng(_SEED)
-    # Drawn rows as first centres: with k-means++ a cluster may come out empty, of which scipy warns.
-    centres = points[np.sort(rng.choice(len(points), groups, replace=False))]
-    for _ in range(_ITERATIONS):
-        nearest = cdist(points, centres, "sqeuclidean").argmin(1)
-        moved = np.stack([points[nearest == g].mean(0) if (nearest == g).any() else centres[g] for g in range(groups)])
-        if np.array_equal(moved, centres):
-            break
-        centres = moved
+    with warnings.catch_warnings():
+        # A cluster may come out empty; every group is filled below.
+        warnings.simplefilter("ignore", UserWarning)
+        centres, _ = kmeans2(points, groups, iter=_ITERATIONS, minit="++", seed=_SEED)
     places = np.sort(np.arange(len(points)) % groups)
     _, taken = linear_sum_assignment(cdist(points, centres, "sqeuclidean")[:, places])
     found = [np.flatnonzero(places[taken] == g).tolist() for g in range(groups)]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
-from dyncompile.demand import Guard, Region, analyse, specialise
+from dyncompile.demand import Guard, Region, analyse, conjunctions, specialise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,8 @@ def cost_model(graph: fx.Graph, fixed: Mapping[str, int] | None = None, *, unit:
     """
     own = sum(node.meta.get(unit, 0.0) for node in graph.nodes if not node.meta.get("inserted"))
     reference = own or 1.0
-    regions = analyse(specialise(graph, fixed or {})).regions
+    parts = dict.fromkeys(conjunctions(graph), 0)
+    regions = analyse(specialise(graph, parts | dict(fixed or {}))).regions
     weights = (sum(node.meta.get(unit, 0.0) for node in r.nodes) / reference for r in regions)
     return CostModel(regions, tuple(weights), reference)
 

@@ -205,6 +205,17 @@ def specialise(graph: fx.Graph, fixed: Mapping[str, int], *, training: bool = Fa
     return copied
 
 
+def conjunctions(graph: fx.Graph) -> dict[str, tuple[str, ...]]:
+    """Decisions that say whether all of several others are on (metadata `all_of`): their names, and of those the names.
+
+    Such a decision chooses between two ways to compute one thing: as a whole (arm 1), for rows that need all its parts,
+    or part by part. It is no choice of its own: no trace shows it, and a row costs what its parts cost. Training always
+    computes the whole, in which the parts are switched off otherwise.
+    """
+    decisions = (decision_of(node) for node in graph.nodes if is_select(node))
+    return {decision_name(d): tuple(d.meta["all_of"]) for d in decisions if "all_of" in d.meta}
+
+
 def sweep(graph: fx.Graph) -> None:
     """Drop every node that nobody reads; inputs stay."""
     for node in reversed(list(graph.nodes)):

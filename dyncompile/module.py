@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from dyncompile.capture.check import resize
 from dyncompile.cost import CostModel, cost_model, exit_costs
-from dyncompile.demand import decision_name, specialise
+from dyncompile.demand import conjunctions, decision_name, specialise
 from dyncompile.errors import ArgumentError, CaptureError
 from dyncompile.graph import Graph, is_tensor, program, spec
 from dyncompile.nn import Exit, Gate
@@ -182,7 +182,7 @@ class DynamicModule(nn.Module):
         """Nodes that a trace shows, by (kind, name); decisions that no pass named carry their node's name."""
         nodes = {n.meta["tap"]: n for n in self._graph.fx.nodes if "tap" in n.meta}
         for node in self._graph.fx.nodes:
-            if is_select(node):
+            if is_select(node) and "all_of" not in decision_of(node).meta:
                 decision = decision_of(node)
                 nodes.setdefault(("decision", decision_name(decision)), decision)
         return nodes
@@ -193,18 +193,21 @@ class DynamicModule(nn.Module):
         output = traced.graph_copy(self._graph.fx, mapping)
         taps = tuple(mapping[node] for node in self._taps().values())
         traced.output((output, mapping[self._graph.final], taps))
-        settled = _settled(traced) if training else {}
-        return specialise(traced, settled, training=True) if settled else traced
+        return self._settled(traced) if training else traced
+
+    def _settled(self, graph: fx.Graph) -> fx.Graph:
+        """What training computes: conjunctions take the arm that is the whole."""
+        whole = dict.fromkeys(conjunctions(graph), 1)
+        return specialise(graph, whole, training=True) if whole else graph
 
     def _programs(self) -> tuple[dict[bool, Program], dict[bool, Program]]:
-        """What `forward` and `trace` run, by mode: training leaves the arms out that it never takes."""
+        """What `forward` and `trace` run, by mode."""
         graph = self._graph.fx
-        settled = _settled(graph)
         forward, trace = program(graph), program(self._trace_graph(training=False))
-        if not settled:
+        if not conjunctions(graph):
             return {False: forward, True: forward}, {False: trace, True: trace}
-        training = program(specialise(graph, settled, training=True))
-        return {False: forward, True: training}, {False: trace, True: program(self._trace_graph(training=True))}
+        training = program(self._settled(graph)), program(self._trace_graph(training=True))
+        return {False: forward, True: training[0]}, {False: trace, True: training[1]}
 
     # --- cost ------------------------------------------------------------------------------------
 
@@ -300,12 +303,6 @@ class _Overriding(fx.Interpreter):
         return self.override(self.names[n], value) if n in self.names else value
 
 
-def _settled(graph: fx.Graph) -> dict[str, int]:
-    """The decisions that take one arm in training, whatever the sample (metadata `training_arm`)."""
-    decisions = (decision_of(node) for node in graph.nodes if is_select(node))
-    return {decision_name(d): d.meta["training_arm"] for d in decisions if "training_arm" in d.meta}
-
-
 def disabled_decisions(module: DynamicModule) -> dict[str, int]:
     """The arm of each decision that is known before any input is seen: that of an exit or gate that is switched off."""
     exits = {name: 0 for name, e in module.exits.items() if not bool(e.enabled)}
@@ -316,13 +313,15 @@ def disabled_gates(module: DynamicModule) -> dict[str, int]:
     """The decisions of gates that are switched off, with the arm that computes everything."""
     gates = {name: g for name, g in module.gates.items() if isinstance(g, Gate) and not bool(g.enabled)}
     owners = decision_owners(module.graph.fx)
-    return {decision: gates[owner].open_arm for decision, owner in owners.items() if owner in gates}
+    known = {decision: gates[owner].open_arm for decision, owner in owners.items() if owner in gates}
+    return known | {name: 1 for name, parts in conjunctions(module.graph.fx).items() if set(parts) <= set(known)}
 
 
 def decision_owners(graph: fx.Graph) -> dict[str, str]:
     """For each decision, by name and in order of execution, the exit or gate that makes it; "" for the user's own."""
     decisions = (decision_of(node) for node in graph.nodes if is_select(node))
-    return {decision_name(decision): str(decision.meta.get("owner", "")) for decision in decisions}
+    own = (decision for decision in decisions if "all_of" not in decision.meta)
+    return {decision_name(decision): str(decision.meta.get("owner", "")) for decision in own}
 
 
 def decision_routes(graph: fx.Graph) -> dict[str, int]:

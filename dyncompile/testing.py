@@ -7,11 +7,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from dyncompile.demand import decision_name
+from dyncompile.demand import conjunctions
 from dyncompile.errors import ArgumentError
 from dyncompile.lowering.lowered import LoweredModule
 from dyncompile.module import DynamicModule, decision_owners
-from dyncompile.ops import decision_of, is_select
 
 Shares = Mapping[str, float | Tensor] | Sequence[float]
 
@@ -24,8 +23,8 @@ def forced(model: DynamicModule | LoweredModule, shares: Shares, *, seed: int = 
         model: A dynamic model or a lowered one.
         shares: For each exit the share of all samples that leave there, for each gate the share that it keeps; or a
             mask `[N]` bool in input order. A sequence gives the exits' shares in order. Decisions that are not named
-            are left as they are, except one that says whether all of several others are on: it is off where one of them
-            is forced off. Exits and gates must be enabled to be forced in a lowered model.
+            are left as they are, but one that says whether all of several others are on is off where one of them is
+            forced off. Exits and gates must be enabled to be forced in a lowered model.
         seed: Which samples are drawn; the same seed draws the same samples for the same batch size.
 
     Raises:
@@ -47,7 +46,7 @@ def forced(model: DynamicModule | LoweredModule, shares: Shares, *, seed: int = 
     """
     dyn = model.dynamic if isinstance(model, LoweredModule) else model
     wanted = _checked(dyn, shares)
-    draw = _Draw(wanted, [n for n in dyn.exits if n in wanted], _conjunctions(dyn), seed)
+    draw = _Draw(wanted, [n for n in dyn.exits if n in wanted], conjunctions(dyn.graph.fx), seed)
     if isinstance(model, LoweredModule):
         for name in wanted:
             if name in model.plan.dense:
@@ -125,12 +124,6 @@ class _Draw:
         mask = torch.zeros(batch, dtype=torch.bool)
         mask[order[_cut(start, batch, offset) : _cut(start + share, batch, offset)]] = True
         return mask
-
-
-def _conjunctions(dyn: DynamicModule) -> dict[str, tuple[str, ...]]:
-    """Decisions that say whether all of several others are on (metadata `all_of`), by name."""
-    decisions = [decision_of(node) for node in dyn.graph.fx.nodes if is_select(node)]
-    return {decision_name(d): d.meta["all_of"] for d in decisions if "all_of" in d.meta}
 
 
 def _cut(share: float, batch: int, offset: float) -> int:

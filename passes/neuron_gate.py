@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import operator
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -38,8 +37,7 @@ class NeuronGate(Pass):
 
     A part is the layer with the rows of `first` and the columns of `second` that belong to a group: slices of the same
     weights. Rows with every group on run the layer itself, so that nothing is rounded differently. In training the
-    layer runs once, its neurons multiplied with the decisions, which is the sum of the parts; `%w` counts as false in
-    the cost, so that a row costs the sum of its groups.
+    layer runs as a whole, its neurons multiplied with the decisions, which is the sum of the parts that are on.
 
     Legality: between the linear layers stands only what acts on each neuron alone (activations, dropout, the product of
     a gated layer such as SwiGLU); nobody else reads the neurons; layers do not overlap; there are at least as many
@@ -222,13 +220,11 @@ def _decisions(graph: Graph, name: str, picked: fx.Node, count: int) -> tuple[fx
     graph.add_module(path, AllOpen())
     parts = [f"{name}.{g}" for g in range(count)]
     with graph.fx.inserting_before(picked.next):
-        both = graph.fx.create_node("call_module", path, (picked,))
-        whole, counted = (graph.fx.call_function(operator.getitem, (both, i)) for i in (0, 1))
+        whole = graph.fx.create_node("call_module", path, (picked,))
         decisions = [graph.fx.call_function(_aten.select.int, (picked, 1, g)) for g in range(count)]
     for node, decision in zip((whole, *decisions), (f"{name}.whole", *parts), strict=True):
         node.meta.update(owner=name, decision=decision)
-    whole.meta.update(training_arm=1, all_of=tuple(parts))
-    counted.meta["tap"] = ("decision", f"{name}.whole")
+    whole.meta["all_of"] = parts
     return whole, decisions
 
 

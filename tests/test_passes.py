@@ -51,7 +51,10 @@ MODELS = {
     "images": (images, lambda n: (torch.randn(n, 3, 8, 8),)),
     "text": (Text, lambda n: (torch.randint(0, 20, (n, 6)), torch.ones(n, 6, dtype=torch.int64).tril(2))),
 }
-CONTRACT = pytest.mark.parametrize(("strategy", "kind"), [(s, m) for s in available() for m in MODELS])
+NO_SITE = {("neuron_gate", "images")}
+CONTRACT = pytest.mark.parametrize(
+    ("strategy", "kind"), [(s, m) for s in available() for m in MODELS if (s, m) not in NO_SITE]
+)
 
 
 @pytest.fixture

@@ -29,9 +29,9 @@ class TopKGate(Gate):
         self.k = k
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Decide: `[..., D]` with k ones a row, as `Gate` does; and the softmax of the logits, `[..., D]`."""
+        """Decide: `[..., D]` with k ones a row; and how often k draws would take each, `[..., D]`, at most 1."""
         logits = self.policy(*inputs)
-        return self._decide(logits), torch.softmax(logits, -1)
+        return self._decide(logits), (self.k * torch.softmax(logits, -1)).clamp(max=1)
 
     def _decide(self, logits: Tensor) -> Tensor:
         if not self.training:
@@ -54,19 +54,11 @@ class TopKGate(Gate):
 
 
 class AllOpen(nn.Module):
-    """Whether every group of a row is on, for the select that then runs the whole layer, and for the cost.
+    """Whether every group of a row is on: then the layer runs as a whole. In training it always does, masked."""
 
-    The two differ in training: the layer is then always computed as a whole, with its neurons masked, and costs what
-    the groups that are on would cost.
-    """
-
-    def forward(self, decisions: Tensor) -> tuple[Tensor, Tensor]:
-        """From decisions `[R, G]`: what selects, `[R]`, and what is counted, `[R]`."""
-        if self.training:
-            one = torch.ones_like(decisions[:, 0])
-            return one.detach(), torch.zeros_like(one)
-        whole = decisions.all(1)
-        return whole, whole
+    def forward(self, decisions: Tensor) -> Tensor:
+        """From decisions `[R, G]` to `[R]`."""
+        return torch.ones_like(decisions[:, 0]).detach() if self.training else decisions.all(1)
 
 
 class NeuronMask(nn.Module):

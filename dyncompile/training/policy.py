@@ -97,7 +97,9 @@ class PolicyGradient(Objective):
             base = (reward.sum() - reward) / max(count - 1, 1)
         else:
             if inputs is None:
-                raise ArgumentError("inputs", found=None, expected="those of the batch: objective(trace, targets, inputs)")
+                raise ArgumentError(
+                    "inputs", found=None, expected="those of the batch: objective(trace, targets, inputs)"
+                )
             with evaluating(self.model), torch.no_grad():
                 likeliest = call(self.model.trace, inputs)
             base = self._reward(likeliest.final, full_depth_cost(costs, likeliest), targets, aside=cost)
@@ -131,7 +133,9 @@ def log_probability(trace: "Trace", names: list[str]) -> Tensor | None:
     for name in names:
         d, p = widen(trace.decisions[name]).detach(), probabilities[name]
         chance = (d * p).sum(-1) if name in trace.routes else d * p + (1 - d) * (1 - p)
-        total.append(chance.clamp(min=1e-6).log().flatten(1).sum(1) if chance.dim() > 1 else chance.clamp(min=1e-6).log())
+        total.append(
+            chance.clamp(min=1e-6).log().flatten(1).sum(1) if chance.dim() > 1 else chance.clamp(min=1e-6).log()
+        )
     return torch.stack(total).sum(0) if total else None
 
 

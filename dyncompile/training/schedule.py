@@ -224,7 +224,9 @@ def _costs(dyn: DynamicModule) -> CostModel:
         dyn.training = training
 
 
-def _cost_at(dyn: DynamicModule, costs: CostModel, rates: "np.ndarray[tuple[int], np.dtype[np.float64]]") -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
+def _cost_at(
+    dyn: DynamicModule, costs: CostModel, rates: "np.ndarray[tuple[int], np.dtype[np.float64]]"
+) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
     """Expected cost where every gate is open at the same rate."""
     routes = decision_routes(dyn.graph.fx)
     alike = torch.from_numpy(rates).float()

@@ -259,15 +259,15 @@ class DynamicModule(nn.Module):
 
     def inspect(self) -> str:
         """The regions, their guards, how many operations they hold and their share of the static model's cost."""
-        costs = cost_model(self._graph.fx)
+        model = cost_model(self._graph.fx)
         rows = [
             (region.name, str(len(region.nodes)), f"{100 * weight:.1f} %")
-            for region, weight in zip(costs.regions, costs.weights, strict=True)
+            for region, weight in zip(model.regions, model.weights, strict=True)
         ]
         rows.insert(0, ("region (guard)", "ops", "cost"))
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = [f"{name:<{widths[0]}}  {ops:>{widths[1]}}  {share:>{widths[2]}}" for name, ops, share in rows]
-        total = f"static model: {costs.static / 1e6:.2f} MFLOPs per sample"
+        total = f"static model: {model.static / 1e6:.2f} MFLOPs per sample"
         return "\n".join([*lines, total])
 
     # --- the static model ------------------------------------------------------------------------

@@ -245,7 +245,7 @@ def _bias(graph: Graph, layer: FeedForward, rows: fx.Node, sizes: list[int]) -> 
     nothing = call(_aten.zeros_like.default, (column,))
     module = graph.module_of(layer.second)
     if module is None or module.bias is None:
-        return call(_aten.expand.default, (nothing, sizes))
+        return call(_aten.clone.default, (call(_aten.expand.default, (nothing, sizes)),))
     return call(_aten.add.Tensor, (nothing, graph.fx.get_attr(f"{layer.second.target}.bias")))
 
 

@@ -158,7 +158,9 @@ class BatchShaping(Objective):
         """Of `[M, C]` probabilities to the priors of their columns, averaged."""
         ordered = p.sort(0).values.clamp(1e-6, 1 - 1e-6)
         mean = torch.tensor(means, dtype=torch.float64)
-        cdf = _BetaCDF.apply(ordered, mean * self.concentration, (1 - mean) * self.concentration)
+        cdf: Tensor = _BetaCDF.apply(  # type: ignore[no-untyped-call]
+            ordered, mean * self.concentration, (1 - mean) * self.concentration
+        )
         count = len(ordered)
         even = torch.arange(1, count + 1, device=p.device) / (count + 1)
         return ((even[:, None] - cdf) ** 2).mean()

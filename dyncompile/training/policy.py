@@ -107,12 +107,12 @@ class PolicyGradient(Objective):
         return {"policy": -self.weight * (advantage * drawn).mean()}
 
     def _drawn(self, trace: "Trace") -> list[str]:
-        """Decisions that were drawn: of gates that are enabled, and not held open."""
+        """Decisions that were drawn: of gates that are enabled and in training, and not held open."""
         held = self.target.held if isinstance(self.target, CostAim) else frozenset()
         names = []
         for name in gate_decisions(trace):
             gate = self.model.gates[trace.owners[name]]
-            if isinstance(gate, Gate) and bool(gate.enabled) and name not in held:
+            if isinstance(gate, Gate) and gate.training and bool(gate.enabled) and name not in held:
                 names.append(name)
         return names
 

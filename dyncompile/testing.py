@@ -77,7 +77,7 @@ def forced(model: DynamicModule | LoweredModule, shares: Shares, *, seed: int = 
 
 @dataclasses.dataclass(frozen=True)
 class _Kind:
-    """About how many rows a sample a decision is, between how many arms (0: yes or no), of what it is the conjunction."""
+    """Of a decision: its rows a sample, its arms (0: yes or no), and the decisions that it is the conjunction of."""
 
     rows: int
     arms: int

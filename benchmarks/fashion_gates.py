@@ -6,8 +6,8 @@ untouched test set: accuracy against the static model, cost counted by the decis
 was open. A seed that was stopped goes on where it was.
 
 Protocol:
-- The static model is one of the demo's: trained on 55,000 augmented images; 5,000 are held out, 10,000 are the test set,
-  which is looked at once, after training.
+- The static model is one of the demo's: trained on 55,000 augmented images; 5,000 are held out, 10,000 are the test
+  set, which is looked at once, after training.
 - Nothing is chosen by the test set; the last weights are kept, gates decide as they come out of training (no bias).
 - All figures are of evaluation: hard decisions, batch norm statistics of the samples that reach each norm.
 """

@@ -31,7 +31,7 @@ def forced(model: DynamicModule | LoweredModule, shares: Shares, *, seed: int = 
             arms `[N]` int64. Where a sample owns r rows (tokens, frames) shares are of all rows, and a mask or arms are
             `[N, r]`, or `[N]` for all rows of a sample alike. A sequence in place of the mapping gives the exits'
             shares in order. Decisions that are not named are left as they are, but one that says whether all of several
-            others are on is off where one of them is forced off. Exits and gates must be enabled to be forced in a
+            others are on follows those of them that are forced. Exits and gates must be enabled to be forced in a
             lowered model.
         seed: Which samples are drawn; the same seed draws the same samples for the same batch size.
 
@@ -105,9 +105,12 @@ class _Draw:
     def __call__(self, name: str, value: Tensor, index: Tensor | None, total: int) -> Tensor:
         if name in self.shares:
             return self._forced(name, value, index, total)
-        for part in self.kinds[name].parts:
-            if part in self.shares:
-                value = value * self._forced(part, value, index, total)
+        parts = self.kinds[name].parts
+        forced = [part for part in parts if part in self.shares]
+        # With all parts forced, what they would have been does not count.
+        value = torch.ones_like(value) if parts and len(forced) == len(parts) else value
+        for part in forced:
+            value = value * self._forced(part, value, index, total)
         return value
 
     def _forced(self, name: str, value: Tensor, index: Tensor | None, total: int) -> Tensor:

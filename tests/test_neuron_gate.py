@@ -435,6 +435,8 @@ def test_forced_groups(converted, kind, batch):
     assert "not neurons0.whole & neurons0.1" not in fast.last_run
     assert fast.last_run["not neurons0.whole & neurons0.3"] == (batch + 2) // 3
     assert counter.get_total_flops() == pytest.approx(float(trace.cost.sum()) * dyn.cost_model().static)
+    with torch.no_grad():
+        dyn.gates["neurons0"].bias.fill_(-100.0)
     with forced(fast, dict.fromkeys(shares, 1.0)):
         assert torch.equal(fast(*x), whole)
         assert fast.last_run == {"always": batch, "neurons0.whole": batch}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
-from dyncompile.demand import Guard, Region, Unit, analyse, specialise, stands_in
+from dyncompile.demand import Guard, Region, Unit, analyse, conjunctions, specialise, stands_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,9 @@ def cost_model(graph: fx.Graph, fixed: Mapping[str, int] | None = None, *, unit:
     """
     own = sum(node.meta.get(unit, 0.0) for node in graph.nodes if not node.meta.get("inserted"))
     reference = own or 1.0
-    regions = [part for region in analyse(specialise(graph, fixed or {})).regions for part in _parts(region)]
+    wholes = dict.fromkeys(conjunctions(graph), 0)
+    found = analyse(specialise(graph, wholes | dict(fixed or {}))).regions
+    regions = [part for region in found for part in _parts(region)]
     weights = (sum(share * node.meta.get(unit, 0.0) for node, share in shares.items()) for _, shares in regions)
     return CostModel(tuple(region for region, _ in regions), tuple(w / reference for w in weights), reference)
 

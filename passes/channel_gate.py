@@ -1,0 +1,193 @@
+"""Channel gate: how many channels of a layer are computed is chosen per sample."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import torch
+from torch import fx, nn
+
+from dyncompile.channels import ChannelGroup, channel_groups
+from dyncompile.errors import ArgumentError, PassError
+from dyncompile.features import feature, token_mask
+from dyncompile.graph import Graph, spec
+from dyncompile.narrowing import Arm, Region, obstacle, region, saved_flops
+from dyncompile.nn import FeedForwardPolicy, Gate, build_estimator
+from dyncompile.nn.gates import OPEN_LOGIT
+from dyncompile.ops import SWITCH
+from dyncompile.passes.base import Pass, Refusal, Site
+from dyncompile.shapes import module_flops
+
+_LEAST = 2
+"""Channels that the narrowest level keeps: of one channel the layouts of an image cannot be told apart."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChannelGate(Pass):
+    """Choose one of K widths of each group of channels (slimmable, arXiv 1812.08928; dynamic slimmable, 2103.13258).
+
+    Before:  %h = relu(bn1(conv1(%x))); %y = bn2(conv2(%h))
+    After:   %r, _ = gates.width0(%x)
+             %h = relu(bn1(conv1(%x))); %y = bn2(conv2(%h))
+             %n = relu(bn1[:k](conv1[:k](%x))); %z = width0.bn2(conv2[:, :k](%n))      # one for each narrow level
+             %s = switch(%r, [%z, ..., %y])
+
+    A narrow arm runs slices of the same weights. Its batch norms see other values than the static model's where they
+    stand behind a layer that reads narrowed channels.
+
+    Legality: convolutions or linear layers make the channels and read them, and what lies between works on each
+    channel by itself (batch, group and layer norm, activations, pooling, grouped convolutions, sums, scales computed
+    from the channels); no value between is read elsewhere; no layer is narrowed by two gates; the narrowest level
+    saves more than the gate costs.
+
+    Args:
+        levels: Share of the channels at each width, ascending; the last is 1.
+        chain: Up to how many groups one gate narrows together, where a layer reads one and makes the next (the two
+            inside a bottleneck).
+        norm: Batch norms that see other values at another width: "switchable": statistics and parameters for each
+            width; "shared": the static ones.
+        hidden: Width between the layers of a gate.
+        pool: What of a feature map or of tokens a gate reads: "mean", "cls", "last", or "auto": as the model itself
+            pools.
+        estimator: How training decides: "gumbel", "straight_through", "semantic_hashing" or "reinforce".
+    """
+
+    name: ClassVar[str] = "channel_gate"
+    summary: ClassVar[str] = "a gate on the channels between layers; a sample runs the width that it needs"
+    paper: ClassVar[str] = "2103.13258"
+
+    levels: Sequence[float] = (0.25, 0.5, 0.75, 1.0)
+    chain: int = 2
+    norm: str = "switchable"
+    hidden: int = 16
+    pool: str = "mean"
+    estimator: str = "gumbel"
+
+    def __post_init__(self) -> None:
+        shares = list(self.levels) if isinstance(self.levels, list | tuple) else []
+        ascending = all(a < b for a, b in zip([0.0, *shares], shares, strict=False))
+        if len(shares) < 2 or not ascending or shares[-1] != 1:
+            raise ArgumentError("levels", found=repr(self.levels), expected="at least two ascending shares up to 1.0")
+        for argument, value in (("chain", self.chain), ("hidden", self.hidden)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ArgumentError(argument, found=repr(value), expected="a number >= 1")
+        if self.norm not in ("switchable", "shared"):
+            raise ArgumentError("norm", found=repr(self.norm), expected="'switchable' or 'shared'")
+        if self.pool not in ("auto", "mean", "cls", "last"):
+            raise ArgumentError("pool", found=repr(self.pool), expected="'auto', 'mean', 'cls' or 'last'")
+        build_estimator(self.estimator)
+
+    # --- where -----------------------------------------------------------------------------------
+
+    def sites(self, graph: Graph) -> Iterator[Site | Refusal]:
+        """Groups worth a gate, in order of execution; groups in a row are joined up to `chain`."""
+        groups = channel_groups(graph)
+        taken: dict[fx.Node, str] = {}
+        joined: set[fx.Node] = set()
+        count = 0
+        for group in groups:
+            first = group.producers[0]
+            if first in joined:
+                continue
+            reason = self._refuse(graph, [group], taken)
+            if reason is not None:
+                yield Refusal(node=first.name, reason=reason)
+                continue
+            together = self._joined(graph, group, groups, taken)
+            joined.update(other.producers[0] for other in together)
+            name = f"width{count}"
+            taken.update(dict.fromkeys(self._region(graph, together).nodes, name))
+            producers = [other.producers[0].name for other in together]
+            yield Site(name=name, node=first.name, data={"groups": producers, "parts": self._parts(together)})
+            count += 1
+
+    def _joined(
+        self, graph: Graph, group: ChannelGroup, groups: list[ChannelGroup], taken: dict[fx.Node, str]
+    ) -> list[ChannelGroup]:
+        """A group and those after it that one gate can narrow with it."""
+        together = [group]
+        for other in groups:
+            readers = {layer for one in together for layer in one.consumers}
+            follows = other not in together and readers.intersection(other.producers)
+            if len(together) < self.chain and follows and self._refuse(graph, [*together, other], taken) is None:
+                together.append(other)
+        return together
+
+    def _refuse(self, graph: Graph, groups: list[ChannelGroup], taken: dict[fx.Node, str]) -> str | None:
+        for group in groups:
+            if group.obstacles:
+                return group.obstacles[0]
+            if not group.consumers:
+                return "no layer reads them"
+        found = self._region(graph, groups)
+        other = next((node for node in found.nodes if node in taken), None)
+        if other is not None:
+            return f"`{taken[other]}` already narrows `{other.target}`"
+        if reason := obstacle(graph, found):
+            return reason
+        parts = self._parts(groups)
+        if not parts:
+            return f"{groups[0].parts} parts are too few for levels {list(self.levels)}"
+        try:
+            cost = module_flops(lambda: self._policy(graph, found.source, 2), self._inputs(graph, found.source))
+        except ArgumentError as error:
+            return str(error)
+        saved = saved_flops(graph, found, parts[0])
+        return f"a gate costs {cost:.0f} FLOPs and the narrowest level saves {saved:.0f}" if cost >= saved else None
+
+    def _parts(self, groups: list[ChannelGroup]) -> list[list[int]]:
+        """For each narrow level, how many parts of each group are kept; levels that coincide are one."""
+        found: list[list[int]] = []
+        for level in self.levels:
+            kept = []
+            for group in groups:
+                width = min(spec(node).shape[dim] for node, dim in group.dims.items())
+                least = -(-_LEAST * group.parts // width)
+                kept.append(min(max(round(level * group.parts), least), group.parts))
+            if kept not in found:
+                found.append(kept)
+        return found[:-1]
+
+    # --- how -------------------------------------------------------------------------------------
+
+    def rewrite(self, graph: Graph, site: Site) -> None:
+        """Gate the groups of one site."""
+        groups = {group.producers[0].name: group for group in channel_groups(graph)}
+        missing = [name for name in site.data["groups"] if name not in groups or groups[name].obstacles]
+        if missing:
+            raise PassError(f"`{missing[0]}` makes no group of channels here: the sites were made for another model")
+        found = self._region(graph, [groups[name] for name in site.data["groups"]])
+        source = found.source
+        arms = len(site.data["parts"]) + 1
+        gate = Gate(self._policy(graph, source, arms), estimator=build_estimator(self.estimator), routes=arms)
+        path = f"gates.{site.name}"
+        route, _ = graph.insert(path, gate, self._inputs(graph, source), ("decision", "probability"))
+        ends: dict[fx.Node, fx.Node] = {}
+        narrow = []
+        for level, parts in enumerate(site.data["parts"]):
+            arm = Arm(graph, found, parts, owner=path, label=f"arm{level}", switchable=self.norm == "switchable")
+            narrow.append(arm.insert(ends))
+        for node in found.exits:
+            with graph.fx.inserting_after(ends[node]):
+                chosen = graph.fx.call_function(SWITCH, (route, [*(a[node] for a in narrow), node], spec(node).batch_dim))
+            inside = {*found.nodes, chosen}
+            node.replace_all_uses_with(chosen, delete_user_cb=lambda user, inside=inside: user not in inside)
+            chosen.meta["path"] = node.meta.get("path", ())
+            if node.meta.pop("final", False):
+                chosen.meta["final"] = True
+
+    def _region(self, graph: Graph, groups: list[ChannelGroup]) -> Region:
+        return region(graph, groups, norms=self.norm == "switchable")
+
+    def _inputs(self, graph: Graph, source: fx.Node) -> list[fx.Node]:
+        mask = token_mask(graph, source)
+        return [source] if mask is None else [source, mask]
+
+    def _policy(self, graph: Graph, source: fx.Node, arms: int) -> nn.Module:
+        read = feature(graph, source, mask=token_mask(graph, source), pool=self.pool)
+        policy = FeedForwardPolicy(read, self.hidden, arms)
+        nn.init.zeros_(policy.outer.bias)
+        with torch.no_grad():  # the full arm starts as likely as an open binary gate
+            policy.outer.bias[-1] = OPEN_LOGIT + math.log(arms - 1)
+        return policy

@@ -81,59 +81,76 @@ class ChannelGate(Pass):
     # --- where -----------------------------------------------------------------------------------
 
     def sites(self, graph: Graph) -> Iterator[Site | Refusal]:
-        """Groups worth a gate, in order of execution; groups in a row are joined up to `chain`."""
+        """Groups worth a gate, in order of execution.
+
+        Of gates that would narrow one layer, the one that saves most is chosen.
+        """
         groups = channel_groups(graph)
-        taken: dict[fx.Node, str] = {}
-        joined: set[fx.Node] = set()
-        count = 0
+        reasons = {group.producers[0]: self._refuse(graph, [group]) for group in groups}
+        chains = [chain for group in groups for chain in self._chains(graph, group, groups, reasons)]
+        saved = {tuple(g.producers[0] for g in chain): self._saved(graph, chain) for chain in chains}
+        taken: dict[fx.Node, fx.Node] = {}
+        chosen: dict[fx.Node, list[ChannelGroup]] = {}
+        for chain in sorted(chains, key=lambda chain: -saved[tuple(g.producers[0] for g in chain)]):
+            nodes = self._region(graph, chain).nodes
+            if not any(node in taken for node in nodes):
+                chosen[chain[0].producers[0]] = chain
+                taken.update(dict.fromkeys(nodes, chain[0].producers[0]))
+        names = {first: f"width{i}" for i, first in enumerate(g.producers[0] for g in groups if g.producers[0] in chosen)}
+        covered = {group.producers[0] for chain in chosen.values() for group in chain}
         for group in groups:
             first = group.producers[0]
-            if first in joined:
-                continue
-            reason = self._refuse(graph, [group], taken)
-            if reason is not None:
-                yield Refusal(node=first.name, reason=reason)
-                continue
-            together = self._joined(graph, group, groups, taken)
-            joined.update(other.producers[0] for other in together)
-            name = f"width{count}"
-            taken.update(dict.fromkeys(self._region(graph, together).nodes, name))
-            producers = [other.producers[0].name for other in together]
-            yield Site(name=name, node=first.name, data={"groups": producers, "parts": self._parts(together)})
-            count += 1
+            if first in chosen:
+                producers = [other.producers[0].name for other in chosen[first]]
+                parts = self._parts(chosen[first])
+                yield Site(name=names[first], node=first.name, data={"groups": producers, "parts": parts})
+            elif first not in covered:
+                yield Refusal(node=first.name, reason=reasons[first] or self._overlap(graph, group, taken, names))
 
-    def _joined(
-        self, graph: Graph, group: ChannelGroup, groups: list[ChannelGroup], taken: dict[fx.Node, str]
-    ) -> list[ChannelGroup]:
-        """A group and those after it that one gate can narrow with it."""
-        together = [group]
-        for other in groups:
+    def _chains(
+        self,
+        graph: Graph,
+        group: ChannelGroup,
+        groups: list[ChannelGroup],
+        reasons: dict[fx.Node, str | None],
+    ) -> Iterator[list[ChannelGroup]]:
+        """A group alone, then with those after it that one gate can narrow with it."""
+        together = [group] if reasons[group.producers[0]] is None else []
+        while together:
+            yield list(together)
             readers = {layer for one in together for layer in one.consumers}
-            follows = other not in together and readers.intersection(other.producers)
-            if len(together) < self.chain and follows and self._refuse(graph, [*together, other], taken) is None:
-                together.append(other)
-        return together
+            follows = [g for g in groups if g not in together and readers.intersection(g.producers)]
+            legal = [g for g in follows if self._refuse(graph, [*together, g]) is None]
+            if not legal or len(together) == self.chain:
+                return
+            together.append(legal[0])
 
-    def _refuse(self, graph: Graph, groups: list[ChannelGroup], taken: dict[fx.Node, str]) -> str | None:
+    def _overlap(
+        self, graph: Graph, group: ChannelGroup, taken: dict[fx.Node, fx.Node], names: dict[fx.Node, str]
+    ) -> str:
+        shared = next(node for node in self._region(graph, [group]).nodes if node in taken)
+        return f"`{names[taken[shared]]}` narrows `{shared.target}` and saves more"
+
+    def _saved(self, graph: Graph, groups: list[ChannelGroup]) -> float:
+        return saved_flops(graph, self._region(graph, groups), self._parts(groups)[0])
+
+    def _refuse(self, graph: Graph, groups: list[ChannelGroup]) -> str | None:
+        """Why one gate cannot narrow some groups; None if it can."""
         for group in groups:
             if group.obstacles:
                 return group.obstacles[0]
             if not group.consumers:
                 return "no layer reads them"
         found = self._region(graph, groups)
-        other = next((node for node in found.nodes if node in taken), None)
-        if other is not None:
-            return f"`{taken[other]}` already narrows `{other.target}`"
         if reason := obstacle(graph, found):
             return reason
-        parts = self._parts(groups)
-        if not parts:
+        if not self._parts(groups):
             return f"{groups[0].parts} parts are too few for levels {list(self.levels)}"
         try:
             cost = module_flops(lambda: self._policy(graph, found.source, 2), self._inputs(graph, found.source))
         except ArgumentError as error:
             return str(error)
-        saved = saved_flops(graph, found, parts[0])
+        saved = self._saved(graph, groups)
         return f"a gate costs {cost:.0f} FLOPs and the narrowest level saves {saved:.0f}" if cost >= saved else None
 
     def _parts(self, groups: list[ChannelGroup]) -> list[list[int]]:

@@ -59,7 +59,13 @@ _POOLING = {
     for kind in ("avg", "max", "adaptive_avg")
     for n in (1, 2, 3)
 }
-_ALONG = {aten.softmax.int: 1, aten.log_softmax.int: 1, aten.slice.Tensor: 1, aten.narrow.default: 1, aten.flip.default: 1}
+_ALONG = {
+    aten.softmax.int: 1,
+    aten.log_softmax.int: 1,
+    aten.slice.Tensor: 1,
+    aten.narrow.default: 1,
+    aten.flip.default: 1,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -248,7 +248,9 @@ class Arm:
         """A layer with parameters, from the first input channels to the first output channels."""
         rows = None if made is None else (0, made)
         if isinstance(module, nn.PReLU):
-            return self._emit(aten.prelu.default, x, self._part(f"{node.target}.weight", rows if module.num_parameters > 1 else None))
+            return self._emit(
+                aten.prelu.default, x, self._part(f"{node.target}.weight", rows if module.num_parameters > 1 else None)
+            )
         columns = None if read is None or type(module) not in (*CONVOLUTIONS, *LINEARS) else (1, read)
         groups = getattr(module, "groups", 1)
         if groups > 1:
@@ -290,4 +292,3 @@ def saved_flops(graph: Graph, found: Region, parts: Sequence[int]) -> float:
                 share *= 1.0 if cut is None else cut[1] / spec(value).shape[cut[0]]  # type: ignore[arg-type]
         total += graph.flops(node) * (1 - share)
     return total
-

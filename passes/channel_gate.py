@@ -96,7 +96,9 @@ class ChannelGate(Pass):
             if not any(node in taken for node in nodes):
                 chosen[chain[0].producers[0]] = chain
                 taken.update(dict.fromkeys(nodes, chain[0].producers[0]))
-        names = {first: f"width{i}" for i, first in enumerate(g.producers[0] for g in groups if g.producers[0] in chosen)}
+        names = {
+            first: f"width{i}" for i, first in enumerate(g.producers[0] for g in groups if g.producers[0] in chosen)
+        }
         covered = {group.producers[0] for chain in chosen.values() for group in chain}
         for group in groups:
             first = group.producers[0]
@@ -187,7 +189,9 @@ class ChannelGate(Pass):
             narrow.append(arm.insert(ends))
         for node in found.exits:
             with graph.fx.inserting_after(ends[node]):
-                chosen = graph.fx.call_function(SWITCH, (route, [*(a[node] for a in narrow), node], spec(node).batch_dim))
+                chosen = graph.fx.call_function(
+                    SWITCH, (route, [*(a[node] for a in narrow), node], spec(node).batch_dim)
+                )
             inside = {*found.nodes, chosen}
             node.replace_all_uses_with(chosen, delete_user_cb=lambda user, inside=inside: user not in inside)
             chosen.meta["path"] = node.meta.get("path", ())

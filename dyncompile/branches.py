@@ -1,14 +1,18 @@
 """Residual branches that a decision may skip: where they are, what skipping one saves, and how it is done."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import networkx as nx
+from torch import nn
 from torch.fx import Node
 
-from dyncompile.graph import Branch, Graph, spec
+from dyncompile.graph import Branch, Graph, is_tensor, spec
 from dyncompile.ops import SELECT, decision_of
+
+GRANULARITIES = ("branch", "block")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,8 +23,8 @@ class Skippable:
         source: Where it leaves the trunk: what a gate may read.
         add: The addition whose shortcut is passed on where it is skipped.
         shortcut: Which argument of `add` the shortcut is.
-        output: The value of a sample that keeps it; every reader of it will read the select.
-        saved: FLOPs per sample that nothing but this value needs.
+        output: The value of a sample that keeps it.
+        saved: FLOPs per sample that nothing but `output` needs.
         leak: Name of a value inside that is read outside, if there is one.
     """
 
@@ -33,8 +37,15 @@ class Skippable:
 
     @property
     def data(self) -> dict[str, str | int]:
-        """What `skip` needs, as plain data."""
+        """Where it is, as plain data."""
         return {"output": self.output.name, "add": self.add.name, "shortcut": self.shortcut}
+
+    def refuse(self, cost: float) -> str:
+        """Why a decision of `cost` FLOPs per sample does not pay; empty if it does."""
+        if cost < self.saved:
+            return ""
+        why = f", since `{self.leak}` inside it is read outside too" if self.leak else ""
+        return f"the gate costs {cost:.0f} FLOPs and skipping the branch saves {self.saved:.0f}{why}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,49 +56,41 @@ class Fixed:
     reason: str
 
 
-def skippable(graph: Graph, *, projection: bool) -> Iterator[Skippable | Fixed]:
+def skippable(graph: Graph, *, granularity: str, projection: bool) -> Iterator[Skippable | Fixed]:
     """The residual branches of a graph, in order of execution.
 
     Args:
         graph: Its nodes, propagated and with their rows marked.
+        granularity: "branch": each by itself; "block": the attention and the feed-forward branch of a transformer
+            block together, with what normalises them inside the block.
         projection: Also those whose shortcut is itself computed; it is then passed on alone.
     """
-    branches = {branch.add: branch for branch in graph.residual_branches}
+    branches = graph.residual_branches
+    groups = _blocks(graph, branches) if granularity == "block" else [[branch] for branch in branches]
+    first = {group[0].add: group for group in groups}
     for node in graph.fx.nodes:
-        if node in branches:
-            yield _judge(graph, branches[node], projection=projection)
+        if node in first:
+            yield _judge(graph, first[node], projection=projection)
         elif outer := _skipped_by(node):
             yield Fixed(add=node, reason=f"the decision `{outer}` skips it already")
 
 
-def _judge(graph: Graph, branch: Branch, *, projection: bool) -> Skippable | Fixed:
-    value = spec(branch.add)
-    if not branch.add.meta["sliceable"] or value.batch_dim is None:
-        return Fixed(add=branch.add, reason=f"its value {list(value.shape)} has no row for each sample")
-    if not (branch.identity or projection):
-        return Fixed(add=branch.add, reason="its shortcut is a projection, and projection=False")
-    saved, leak = _savings(graph, branch.source, branch.output, branch.shortcut)
-    return Skippable(
-        source=branch.source,
-        add=branch.add,
-        shortcut=branch.add.args.index(branch.shortcut),
-        output=branch.add,
-        saved=saved,
-        leak=leak,
-    )
+def skip(graph: Graph, decision: Node, output: Node, shortcut: Node) -> None:
+    """Pass on the shortcut where the decision says no: `select(decision, output, shortcut)`.
 
-
-def _savings(graph: Graph, source: Node, output: Node, shortcut: Node) -> tuple[float, str]:
-    """FLOPs of what only `output` needs, and the name of a value before it that others need too."""
-    inside = {output}
-    trunk: nx.DiGraph[Any] = graph.trunk
-    passed = nx.ancestors(trunk, shortcut) | {shortcut}
-    for node in reversed(graph.fx.nodes):
-        if node.users and node not in passed and all(user in inside for user in node.users):
-            inside.add(node)
-    between = nx.descendants(trunk, source) & nx.ancestors(trunk, output)
-    leaks = [node.name for node in graph.fx.nodes if node in between and node not in inside | passed]
-    return sum(graph.flops(node) for node in inside), (leaks or [""])[-1]
+    Args:
+        graph: Changed in place.
+        decision: One value a row of `output`, or one a sample.
+        output: Every reader of it will read the select.
+        shortcut: Of the same shape.
+    """
+    dim = spec(output).batch_dim
+    with graph.fx.inserting_after(output):
+        chosen = graph.fx.call_function(SELECT, (decision, output, shortcut, *([dim] if dim else [])))
+    output.replace_all_uses_with(chosen, delete_user_cb=lambda user: user is not chosen)
+    chosen.meta["path"] = output.meta.get("path", ())
+    if output.meta.pop("final", False):
+        chosen.meta["final"] = True
 
 
 def _skipped_by(node: Node) -> str:
@@ -98,23 +101,91 @@ def _skipped_by(node: Node) -> str:
     return ""
 
 
-def skip(graph: Graph, decision: Node, output: Node, shortcut: Node) -> Node:
-    """Pass on the shortcut where the decision says no: `select(decision, output, shortcut)`.
+def _judge(graph: Graph, group: list[Branch], *, projection: bool) -> Skippable | Fixed:
+    first = group[0]
+    output = _end(graph, group)
+    value = spec(output)
+    if not output.meta["sliceable"] or value.batch_dim is None:
+        return Fixed(add=first.add, reason=f"its value {list(value.shape)} has no row for each sample")
+    if not (first.identity or projection):
+        return Fixed(add=first.add, reason="its shortcut is a projection, and projection=False")
+    saved, leak = _savings(graph, first, output)
+    return Skippable(
+        source=first.source,
+        add=first.add,
+        shortcut=first.add.args.index(first.shortcut),
+        output=output,
+        saved=saved,
+        leak=leak,
+    )
 
-    Args:
-        graph: Changed in place.
-        decision: One value a row of `output`.
-        output: Every reader of it reads the select.
-        shortcut: Of the same shape.
 
-    Returns:
-        The select.
-    """
-    dim = spec(output).batch_dim
-    with graph.fx.inserting_after(output):
-        chosen = graph.fx.call_function(SELECT, (decision, output, shortcut, *([dim] if dim else [])))
-    output.replace_all_uses_with(chosen, delete_user_cb=lambda user: user is not chosen)
-    chosen.meta["path"] = output.meta.get("path", ())
-    if output.meta.pop("final", False):
-        chosen.meta["final"] = True
-    return chosen
+def _savings(graph: Graph, branch: Branch, output: Node) -> tuple[float, str]:
+    """FLOPs of what only `output` needs, and the name of a value before it that others need too."""
+    trunk: nx.DiGraph[Any] = graph.trunk
+    inside = {output}
+    passed = nx.ancestors(trunk, branch.shortcut) | {branch.shortcut}
+    for node in reversed(graph.fx.nodes):
+        if node.users and node not in passed and all(user in inside for user in node.users):
+            inside.add(node)
+    between = nx.descendants(trunk, branch.source) & nx.ancestors(trunk, output)
+    leaks = [node.name for node in graph.fx.nodes if node in between and node not in inside | passed]
+    return sum(graph.flops(node) for node in inside), (leaks or [""])[-1]
+
+
+# --- transformer blocks --------------------------------------------------------------------------
+
+
+def _blocks(graph: Graph, branches: list[Branch]) -> list[list[Branch]]:
+    """Attention together with the branch that follows it in the same module; every other branch alone."""
+    groups: list[list[Branch]] = []
+    for branch in branches:
+        groups.append([branch])
+        if _attends(graph, branch):
+            continue
+        # Before a feed-forward branch: the block's attention, and a decoder's second one.
+        while len(groups) > 1 and all(_attends(graph, other) for other in groups[-2]):
+            if not _together(graph, [*groups[-2], *groups[-1]]):
+                break
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return groups
+
+
+def _attends(graph: Graph, branch: Branch) -> bool:
+    """Whether values of the branch are multiplied with each other: queries with keys, weights with values."""
+    trunk: nx.DiGraph[Any] = graph.trunk
+    between = nx.descendants(trunk, branch.source) & nx.ancestors(trunk, branch.output)
+    return any(graph.flops(node) > 0 and len(_features(node)) > 1 for node in between)
+
+
+def _features(node: Node) -> list[Node]:
+    """The floating tensors that a node reads, parameters left out."""
+    sources = [source for source in node.all_input_nodes if source.op != "get_attr" and is_tensor(source)]
+    return [source for source in sources if spec(source).dtype.is_floating_point]
+
+
+def _together(graph: Graph, group: list[Branch]) -> bool:
+    """Whether branches of one shape lie in one module that is more than a list of others."""
+    owner = graph.root.get_submodule(_module(group))
+    listed = isinstance(owner, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+    return not listed and len({spec(branch.add) for branch in group}) == 1
+
+
+def _module(group: list[Branch]) -> str:
+    """Path of the innermost module in which all additions of a group are called; "" for the model itself."""
+    paths = [branch.add.meta.get("path", ()) for branch in group]
+    shared = [level[0] for level in zip(*paths, strict=False) if len(set(level)) == 1]
+    return shared[-1] if shared else ""
+
+
+def _end(graph: Graph, group: list[Branch]) -> Node:
+    """The value that a group's module hands on: its last addition, or the norm behind it."""
+    last = group[-1].add
+    path = _module(group)
+    if len(group) == 1 or not path:
+        return last
+    chain = [*graph.cut_points, graph.final]
+    later = itertools.takewhile(lambda node: path in node.meta.get("path", ()), chain[chain.index(last) + 1 :])
+    joined = {branch.add for branch in graph.residual_branches}
+    norms = itertools.takewhile(lambda node: node not in joined, later)
+    return [last, *(node for node in norms if is_tensor(node) and spec(node) == spec(last))][-1]

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 
 from torch import fx
 
+from dyncompile.graph import spec
 from dyncompile.ops import SWITCH, arms_of, decision_of, is_select
 
 
@@ -32,6 +33,11 @@ class Unit:
     def routed(self) -> bool:
         """Whether the decision is the route of a `switch`."""
         return self.selects[0].target is SWITCH
+
+    @property
+    def rows(self) -> int:
+        """How many decisions a sample has: 1, or one for each of its tokens or frames."""
+        return spec(self.decision).rows
 
     @property
     def arms(self) -> list[fx.Node]:

@@ -7,6 +7,8 @@ from dyncompile.errors import ArgumentError
 from dyncompile.graph import Graph, is_tensor, spec
 from dyncompile.nn.heads import Feature
 
+POOLS = ("auto", "mean", "cls", "last")
+
 
 def feature(graph: Graph, node: Node, *, mask: Node | None, pool: str) -> Feature:
     """Describe a node's value to the module that will read it.

@@ -66,11 +66,13 @@ class Graph:
     overwriting: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        # For each input its name, its batch dim and its other sizes. Made here: dynamo traces no cached_property.
-        self._sizes: list[tuple[str, int | None, tuple[int, ...]]] = []
+        # For each input its name, its batch dim and the sizes before and after it. Made here: dynamo traces no
+        # cached_property.
+        self._sizes: list[tuple[str, int | None, tuple[int, ...], tuple[int, ...]]] = []
         for name, tensor, dim in zip(self.signature.names, self.inputs, self.batch_dims, strict=True):
             shape = tuple(tensor.shape)
-            self._sizes.append((name, dim, shape if dim is None else (*shape[:dim], *shape[dim + 1 :])))
+            before, after = (shape, ()) if dim is None else (shape[:dim], shape[dim + 1 :])
+            self._sizes.append((name, dim, before, after))
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The flat tensors of a call.
@@ -80,19 +82,22 @@ class Graph:
                 hold different numbers of samples.
         """
         tensors = self.signature.flatten(args, kwargs)
-        batch: int | None = None
-        for tensor, (name, dim, sizes) in zip(tensors, self._sizes, strict=True):
-            shape = tuple(tensor.shape)
-            rest = shape if dim is None else (*shape[:dim], *shape[dim + 1 :])
-            if rest != sizes or len(shape) != len(sizes) + (dim is not None):
-                wanted = [*sizes] if dim is None else [*sizes[:dim], "N", *sizes[dim:]]
+        batch = -1
+        for tensor, (name, dim, before, after) in zip(tensors, self._sizes, strict=True):
+            shape = tensor.shape
+            if dim is None:
+                fits = shape == before
+            else:
+                fits = shape[dim + 1 :] == after and shape[:dim] == before and len(shape) == dim + 1 + len(after)
+            if not fits:
+                wanted = [*before] if dim is None else [*before, "N", *after]
                 raise ArgumentError(
                     name,
                     found=f"shape {list(shape)}",
                     expected=f"{wanted}, as captured; for another size, dynamize with example_inputs of that size",
                 )
             if dim is not None:
-                if batch is not None and shape[dim] != batch:
+                if batch not in (-1, shape[dim]):
                     raise ArgumentError(
                         name, found=f"{shape[dim]} samples", expected=f"as many as in the other inputs, {batch}"
                     )
@@ -146,7 +151,7 @@ class Graph:
         probe(self.root, self.fx, self.inputs, self.batch_dims)
 
     def flops(self, node: Node) -> float:
-        """FLOPs of a node per sample (a multiply-add is two), as `torch.utils.flop_counter` counts them."""
+        """FLOPs of a node per sample (a multiply-add is two), as `dyncompile.shapes.flop_counter` counts them."""
         return float(node.meta["flops"])
 
     @property

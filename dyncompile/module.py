@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from dyncompile.capture.check import resize
 from dyncompile.cost import CostModel, cost_model, exit_costs
-from dyncompile.demand import analyse, decision_name
+from dyncompile.demand import decision_name
 from dyncompile.errors import ArgumentError, CaptureError
 from dyncompile.graph import Graph, is_tensor, program, spec
 from dyncompile.nn import Exit, Gate
@@ -228,16 +228,15 @@ class DynamicModule(nn.Module):
 
     def inspect(self) -> str:
         """The regions, their guards, how many operations they hold and their share of the static model's cost."""
-        demand = analyse(self._graph.fx)
-        weights = self.cost_model(list(self.exits)).weights
+        model = cost_model(self._graph.fx)
         rows = [
             (region.name, str(len(region.nodes)), f"{100 * weight:.1f} %")
-            for region, weight in zip(demand.regions, weights, strict=True)
+            for region, weight in zip(model.regions, model.weights, strict=True)
         ]
         rows.insert(0, ("region (guard)", "ops", "cost"))
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = [f"{name:<{widths[0]}}  {ops:>{widths[1]}}  {share:>{widths[2]}}" for name, ops, share in rows]
-        total = f"static model: {self.cost_model().static / 1e6:.2f} MFLOPs per sample"
+        total = f"static model: {model.static / 1e6:.2f} MFLOPs per sample"
         return "\n".join([*lines, total])
 
     # --- the static model ------------------------------------------------------------------------

@@ -136,7 +136,7 @@ class _Probe(fx.Interpreter):
     def _found(self, n: fx.Node) -> Any:
         if not self.count:
             return super().run_node(n)
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             value = super().run_node(n)
         self.flops[n] = counter.get_total_flops()
         if n.op == "call_module":
@@ -144,6 +144,17 @@ class _Probe(fx.Interpreter):
             recurrent = _recurrent_flops(self.fetch_attr(str(n.target)), args, value)
             self.flops[n] = self.flops[n] if recurrent is None else recurrent
         return value
+
+
+def flop_counter() -> FlopCounterMode:
+    """Counts FLOPs (a multiply-add is two) as torch does, and the attention kernel for CPUs, which torch leaves out."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return FlopCounterMode(display=False, custom_mapping={kernel: _attention_flops})
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: object, **__: object) -> int:
+    """FLOPs of queries `[N, H, L, D]` with keys `[N, H, S, D]`, and of those weights with values `[N, H, S, V]`."""
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 def module_flops(build: Callable[[], nn.Module], inputs: Sequence[fx.Node]) -> float:
@@ -156,8 +167,9 @@ def module_flops(build: Callable[[], nn.Module], inputs: Sequence[fx.Node]) -> f
     with torch.device("meta"):
         module = build().eval()
         values = [torch.empty(spec(node).shape, dtype=spec(node).dtype) for node in inputs]
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        module.to(next((v.dtype for v in values if v.is_floating_point()), None))(*values)
+    dtype = next((value.dtype for value in values if value.is_floating_point()), torch.get_default_dtype())
+    with flop_counter() as counter, torch.no_grad():
+        module.to(dtype)(*values)
     return float(counter.get_total_flops())
 
 

@@ -56,7 +56,7 @@ def forced(model: DynamicModule | LoweredModule, shares: Shares, *, seed: int = 
         finally:
             model._override = before
     else:
-        previous, dyn._override = dyn._override, lambda name, value: draw(name, value, None)
+        previous, dyn._override = dyn._override, lambda name, value: draw(name, value, None, value.shape[0])
         try:
             yield
         finally:
@@ -71,18 +71,15 @@ class _Draw:
         self.exits = exits
         self.seed = seed
         self.masks: dict[tuple[str, int, torch.device], Tensor] = {}
-        self.batch = 0
 
-    def __call__(self, name: str, value: Tensor, samples: Tensor | None) -> Tensor:
+    def __call__(self, name: str, value: Tensor, index: Tensor | None, total: int) -> Tensor:
         if name not in self.shares:
             return value
-        if samples is None:
-            self.batch = value.shape[0]
-        key = (name, self.batch, value.device)
+        key = (name, total, value.device)
         if key not in self.masks:
-            self.masks[key] = self._mask(name, self.batch).to(value.device)
+            self.masks[key] = self._mask(name, total).to(value.device)
         mask = self.masks[key]
-        mask = mask if samples is None else mask[samples]
+        mask = mask if index is None else mask[index]
         return mask if value.dtype == torch.bool else mask.to(value.dtype)
 
     def _mask(self, name: str, batch: int) -> Tensor:

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import fx, nn
 
 from dyncompile.errors import ArgumentError
-from dyncompile.features import feature, token_mask
+from dyncompile.features import POOLS, feature, token_mask
 from dyncompile.graph import Graph, Spec, spec
 from dyncompile.nn import Criterion, Exit, Feature, build_head, certainty
 from dyncompile.nn.criteria import REDUCTIONS, reads_earlier
@@ -63,7 +63,7 @@ class EarlyExit(Pass):
             ("head", self.head, _HEADS),
             ("features", self.features, ("last", "dense")),
             ("reduction", self.reduction, tuple(REDUCTIONS)),
-            ("pool", self.pool, ("auto", "mean", "cls", "last")),
+            ("pool", self.pool, POOLS),
         ):
             if value not in allowed:
                 raise ArgumentError(argument, found=repr(value), expected=f"one of {allowed}")

@@ -103,6 +103,8 @@ class Signature:
     def unflatten(self, leaves: tuple[Any, ...] | list[Any]) -> Any:
         """The user's structure of outputs."""
         assert self.output is not None
+        if self.output.is_leaf():
+            return leaves[0]
         return pytree.tree_unflatten(list(leaves), self.output)
 
     def with_output(self, output: Any, prediction: str | None) -> "Signature":

@@ -148,12 +148,13 @@ class CompiledSegment:
         self._examples = [torch.empty_like(t, device="meta") for t in example_inputs]
         self._devices = [t.device for t in example_inputs]
         self._inputs = tuple(inputs)
-        self._formats = [_memory_format(t) for t in example_inputs]
+        self.formats = [_memory_format(t) for t in example_inputs]
+        self.output_formats: list[torch.memory_format] = []
         self._cudagraphs = cudagraphs
         # Constants of a program lie in this copy, so the user's weights may change or go.
         self._segment: nn.Module | None = copy.deepcopy(segment).eval()
         self._programs: list[_Program] = []
-        self._serving: dict[int, _Program] = {}
+        self.serving: dict[int, Callable[[list[Any]], Sequence[Tensor]]] = {}
         self.warmup([max(batch, 2)])
 
     @property
@@ -172,26 +173,32 @@ class CompiledSegment:
         """
         position, dim, rows = self._batch_of
         batch = tensors[position].shape[dim] // rows
-        program = self._serving.get(batch) or self._serve(batch)
         arguments: list[Any] = [batch]
-        for tensor, layout in zip(tensors, self._formats, strict=True):
+        for tensor, layout in zip(tensors, self.formats, strict=True):
             arguments.append(tensor.contiguous(memory_format=layout))
-        return tuple(program.run(arguments))
+        return tuple(self.serve(batch)(arguments))
 
     def warmup(self, batch_sizes: Iterable[int]) -> None:
         """Compile what these batch sizes need and nothing has yet."""
         for batch in batch_sizes:
-            self._serve(batch)
+            self.serve(batch)
 
-    def _serve(self, batch: int) -> _Program:
+    def serve(self, batch: int) -> Callable[[list[Any]], Sequence[Tensor]]:
+        """The program for a batch size.
+
+        It takes a list of the batch size and the tensors, laid out as `formats` says, and empties it; its outputs are
+        laid out as `output_formats` says. `serving` holds those that were asked for before.
+        """
+        if batch in self.serving:
+            return self.serving[batch]
         program = next((p for p in self._programs if p.serves(batch)), None)
         if program is None:
             program = self._compile(max(batch, 2))
             self._programs.append(program)
             if not program.guards:
                 self._segment = None  # no other program will be needed
-        self._serving[batch] = program
-        return program
+        self.serving[batch] = program.run
+        return program.run
 
     def _compile(self, hint: int) -> _Program:
         env = ShapeEnv()
@@ -201,7 +208,7 @@ class CompiledSegment:
         batch: Any = env.create_symintnode(symbol, hint=hint, source=source)
         fakes = [batch]
         for example, device, given, layout in zip(
-            self._examples, self._devices, self._inputs, self._formats, strict=True
+            self._examples, self._devices, self._inputs, self.formats, strict=True
         ):
             size: list[Any] = list(example.shape)
             if given.batch_dim is not None:
@@ -210,7 +217,7 @@ class CompiledSegment:
                 fake = torch.empty(size, dtype=example.dtype, device=device, memory_format=layout)
             fakes.append(fake)
 
-        entry = _Entry(cast("nn.Module", self._segment))
+        entry = _Entry(cast("nn.Module", self._segment), self.output_formats)
         code: list[Any] = []
 
         def keep(gm: fx.GraphModule, inputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
@@ -226,6 +233,9 @@ class CompiledSegment:
             "freezing": True,
             "freezing_discard_parameters": False,
             "triton.cudagraphs": self._cudagraphs,
+            # `lower` compares what a program returns with eager mode, once, so no call has to look at it again.
+            "size_asserts": False,
+            "alignment_asserts": False,
         }
         with torch.no_grad(), config.patch(patches), tracing(TracingContext(fake_mode)):
             compile_fx(cast("fx.GraphModule", entry), fakes, inner_compile=keep)
@@ -241,9 +251,10 @@ class _Entry(nn.Module):
     Not a GraphModule: inductor would fold batch norm into modules after it has read their weights.
     """
 
-    def __init__(self, segment: nn.Module) -> None:
+    def __init__(self, segment: nn.Module, formats: list[torch.memory_format]) -> None:
         super().__init__()
         self.segment = segment
+        self.formats = formats
         for owner in list(segment.modules()):
             if isinstance(owner, _OneChannelConv | _SmallLinear):
                 continue  # of an earlier program of this segment
@@ -260,7 +271,8 @@ class _Entry(nn.Module):
         for output in outputs:
             if not isinstance(output, Tensor):
                 raise LoweringError(f"a segment returns tensors only, not {output!r}")
-        return [t.contiguous(memory_format=_memory_format(t)) for t in outputs]
+        self.formats[:] = [_memory_format(t) for t in outputs]
+        return [t.contiguous(memory_format=layout) for t, layout in zip(outputs, self.formats, strict=True)]
 
 
 class _OneChannelConv(nn.Module):

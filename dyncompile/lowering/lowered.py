@@ -1,21 +1,27 @@
 """`lower`: from a dynamic model to one that really skips, sample by sample, inside a batch."""
 
+import contextlib
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from dyncompile.capture.check import same
 from dyncompile.capture.recurrent import RecurrentLayer
 from dyncompile.demand import specialise
 from dyncompile.errors import ArgumentError, LoweringError
 from dyncompile.graph import Spec, is_tensor, spec
 from dyncompile.lowering.measure import unprofitable
 from dyncompile.lowering.plan import Block, Conditional, Plan, Segment, make_plan, segment_module
-from dyncompile.lowering.runtime import BlockRunner, Override, Run, Segments
+from dyncompile.lowering.program import write_program
+from dyncompile.lowering.runtime import Override, Run, Segments
 from dyncompile.module import DynamicModule, disabled_decisions
+
+_NOTHING = contextlib.nullcontext()
 
 BACKENDS = ("inductor", "eager")
 _OPTIONS: dict[str, set[str]] = {"inductor": {"cudagraphs"}, "eager": set()}
@@ -79,6 +85,7 @@ class LoweredModule(nn.Module):
             raise LoweringError("the model is in training mode: call `dyn.eval()` before `lower`")
         _check_exits(dyn)
         self._disabled = disabled_decisions(dyn)
+        self._batch_of = next((i, dim) for i, dim in enumerate(dyn.graph.batch_dims) if dim is not None)
         self._dtypes = [dyn.present(t.dtype) for t in dyn.graph.inputs]
         graph = specialise(dyn.graph.fx, self._disabled)
         self._layout = self.snapshot and _channels_last(dyn)
@@ -90,7 +97,36 @@ class LoweredModule(nn.Module):
     def _take(self, plan: Plan) -> None:
         self.plan = plan
         self._segments = self._compile()
-        self._runner = BlockRunner(plan.root, self._segments)
+        self._program = write_program(plan, self._segments, self._checked())
+        # For each leaf of the output its position among the values of the program, or -1 and what it always is.
+        place = {node: i for i, node in enumerate(plan.root.outputs)}
+        leaves: Any = plan.graph.output_node().args[0]
+        self._leaves = [(place[v], None) if isinstance(v, fx.Node) else (-1, v) for v in leaves]
+
+    def _checked(self) -> set[fx.Node]:
+        """Run every segment at two batch sizes and compare it with the dense reference.
+
+        Returns:
+            Outputs of segments that share memory neither with an input nor with another output.
+
+        Raises:
+            LoweringError: A compiled segment computes something else.
+        """
+        found = {n for segment in self.plan.segments() for n in segment.outputs}
+        for batch in (1, 4):
+            values = self.examples(batch)
+            for segment in self.plan.segments():
+                given = [values[n] for n in segment.inputs]
+                with torch.no_grad():
+                    results = self._segments[segment](*given)
+                held = Counter(t.untyped_storage().data_ptr() for t in (*given, *results))
+                for node, value in zip(segment.outputs, results, strict=True):
+                    if value.is_floating_point() and not same(value, values[node], slack=10.0):
+                        why = f"`{node.name}`, compiled, differs from eager mode at batch size {batch}"
+                        raise LoweringError(f"{why}: lower(dyn, backend='eager') does not compile")
+                    if held[value.untyped_storage().data_ptr()] > 1:
+                        found.discard(node)
+        return found
 
     def _compile(self) -> Segments:
         dyn = self.dynamic
@@ -106,7 +142,8 @@ class LoweredModule(nn.Module):
                 # Inductor unrolls a recurrent layer step by step; torch's own kernel runs it whole.
                 compiled[segment] = copy.deepcopy(module)
                 continue
-            inputs = [SegmentInput(batch_dim=spec(n).batch_dim, rows=spec(n).rows) for n in segment.inputs]
+            found = [spec(n) for n in segment.inputs]
+            inputs = [SegmentInput(batch_dim=f.batch_dim, rows=max(f.rows // segment.rows, 1)) for f in found]
             compiled[segment] = compile_segment(module, [examples[n] for n in segment.inputs], inputs, **self.options)
         return compiled
 
@@ -121,7 +158,7 @@ class LoweredModule(nn.Module):
         """
         wanted = {n for block in self.plan.blocks() for n in (*block.inputs, *block.outputs)}
         wanted.update(n for s in self.plan.segments() for n in (*s.inputs, *s.outputs))
-        wanted.update(n for unit in self.plan.demand.units for n in unit.selects)
+        wanted.update(n for unit in self.plan.demand.units for n in (unit.decision, *unit.selects))
         values: dict[fx.Node, Tensor] = {}
 
         class Recorder(fx.Interpreter):
@@ -158,7 +195,8 @@ class LoweredModule(nn.Module):
         """Run; the arguments and the structure of the output are the static model's."""
         graph = self.dynamic.graph
         inputs = graph.bind(args, kwargs)
-        count = next(t.shape[dim] for t, dim in zip(inputs, graph.batch_dims, strict=True) if dim is not None)
+        position, dim = self._batch_of
+        count = inputs[position].shape[dim]
         if self.snapshot:
             inputs = [self._cast(t, i) for i, t in enumerate(inputs)]
         elif disabled_decisions(self.dynamic) != self._disabled or self.dynamic.training:
@@ -166,17 +204,11 @@ class LoweredModule(nn.Module):
         if count == 0:
             self.last_run = {"always": 0}
             return graph.signature.unflatten(_empty(self.plan.graph, self.dynamic, inputs[0].device))
-        run = Run({}, self._override, self.buckets)
-        with torch.no_grad():
-            leaves = self._runner([self._laid_out(t) for t in inputs], None, count, run)
-        self.last_run = run.rows
-        return graph.signature.unflatten(self._leaves(leaves))
-
-    def _leaves(self, values: list[Tensor]) -> list[Any]:
-        """The output's leaves, constants among them."""
-        queue = dict(zip(self.plan.root.outputs, values, strict=True))
-        leaves = self.plan.graph.output_node().args[0]
-        return [queue[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in leaves]  # type: ignore[union-attr]
+        run = Run(count, self._override, self.buckets)
+        with torch.no_grad() if torch.is_grad_enabled() else _NOTHING:
+            values = self._program([self._laid_out(t) for t in inputs], count, None, run)
+        self.__dict__["last_run"] = run.rows  # past nn.Module, which would look whether it is a parameter
+        return graph.signature.unflatten([values[i] if i >= 0 else constant for i, constant in self._leaves])
 
     def warmup(self, batch_sizes: Iterable[int] = (1, 2, 16)) -> "LoweredModule":
         """Compile what calls of these batch sizes will need, so that none of them waits.

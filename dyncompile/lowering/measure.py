@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from dyncompile.graph import spec
 from dyncompile.lowering.plan import Block, Conditional, Plan, Segment
-from dyncompile.lowering.runtime import Segments, gather, scatter
+from dyncompile.lowering.runtime import Segments, gather, merge
 
 if TYPE_CHECKING:
     from dyncompile.module import DynamicModule
@@ -74,23 +74,21 @@ def _block_seconds(block: Block, cost: dict[Segment, float]) -> float:
 
 def _overhead(step: Conditional, values: Values) -> float:
     """Seconds to split half of a batch off and to put it back."""
-    select = step.selects[0]
-    found = spec(select)
-    sample = values[select]
-    assert found.batch_dim is not None
-    count = sample.shape[found.batch_dim] // found.rows
-    decision = torch.arange(count, device=sample.device) % 2 == 0
+    rows = step.unit.rows
+    decision = values[step.unit.decision]
+    decision = torch.arange(decision.shape[0], device=decision.device) % 2 == 0
     inputs = [(values[n], spec(n)) for arm in step.arms if arm for n in arm.inputs]
     outputs = [(values[s], spec(s)) for s in step.selects]
 
     def split() -> None:
         index = decision.nonzero().view(-1)
-        for value, layout in inputs:
-            gather(value, index, layout)
-        for value, layout in outputs:
-            scatter(value.clone(), index, gather(value, index, layout), layout)
+        for value, found in inputs:
+            gather(value, index, found.batch_dim, found.rows // rows)
+        for value, found in outputs:
+            part = gather(value, index, found.batch_dim, found.rows // rows)
+            merge(value.clone(), [(index, part)], found.batch_dim or 0, found.rows // rows, decision.shape[0])
 
-    return seconds(split, sample.device)
+    return seconds(split, decision.device)
 
 
 def measure(dyn: "DynamicModule", *, batch: int = _BATCH, backend: str = "inductor") -> None:

@@ -5,6 +5,7 @@ import operator
 from collections.abc import Iterable, Iterator
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from dyncompile.demand import Demand, Guard, Unit, analyse
@@ -19,11 +20,13 @@ class Segment:
 
     Attributes:
         nodes: In order.
+        rows: How many rows a sample has in the block.
         inputs: Tensor nodes from outside, the first one batched.
         outputs: Nodes that are read outside.
     """
 
     nodes: list[fx.Node]
+    rows: int = 1
     inputs: list[fx.Node] = dataclasses.field(default_factory=list)
     outputs: list[fx.Node] = dataclasses.field(default_factory=list)
 
@@ -63,6 +66,11 @@ class Block:
     inputs: list[fx.Node]
     steps: list[Segment | Conditional]
     outputs: list[fx.Node]
+
+    @property
+    def rows(self) -> int:
+        """How many rows a sample has here: those of the decision that leads here."""
+        return self.guard[-1][0].rows if self.guard else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +117,8 @@ def make_plan(graph: fx.Graph, *, dense: dict[str, str] | None = None) -> Plan:
     """
     dense = dict(dense or {})
     free = _shape_only(graph)
+    # What a select or the caller takes is made once, by a segment.
+    free -= {v for n in graph.nodes if is_select(n) for v in arms_of(n)} | set(graph.output_node().all_input_nodes)
     while True:
         demand = analyse(graph, dense)
         refused = {unit.name: reason for unit in demand.units if (reason := _refuse(unit, demand, free))}
@@ -197,7 +207,7 @@ class _Builder:
                     rest.append(node)
             pending = rest
             if run:
-                steps.append(Segment(run))
+                steps.append(Segment(run, guard[-1][0].rows if guard else 1))
             for unit in waiting:
                 if needs[unit] <= ready:
                     waiting.remove(unit)
@@ -264,26 +274,43 @@ def _shape_only(graph: fx.Graph) -> set[fx.Node]:
 def _refuse(unit: Unit, demand: Demand, free: set[fx.Node]) -> str | None:
     """Why a conditional cannot run on a part of the rows; None if it can."""
     decision = unit.decision
-    if not is_tensor(decision) or spec(decision).shape != (1,) or spec(decision).batch_dim != 0:
-        return "its decision is not one value a sample"
+    if not is_tensor(decision) or len(spec(decision).shape) != 1 or spec(decision).batch_dim != 0:
+        return "its decision is not one value a sample, nor one a row in a single dim"
+    if unit.guard and unit.rows % unit.guard[-1][0].rows:
+        outer = unit.guard[-1][0]
+        return f"it decides for {unit.rows} rows a sample, inside a region that `{outer.name}` splits into {outer.rows}"
     inside = {
         node
         for node, guard in demand.guards.items()
         if guard[: len(unit.guard) + 1][len(unit.guard) :] and guard[len(unit.guard)][0] is unit
     }
     for select in unit.selects:
-        if not _batched(select) or not select.meta.get("sliceable", False):
-            return f"`{select.name}` has no row for each sample"
+        if not _batched(select) or not _splits(select, unit.rows):
+            return f"`{select.name}` has no row for each sample" + (" and decision" if unit.rows > 1 else "")
     for node in inside:
         if reason := _impure(node):
             return reason
+        if unit.rows > 1 and not _splits(node, unit.rows):
+            return f"`{node.name}` mixes the rows of a sample"
         for source in node.all_input_nodes:
-            if source in inside or source in free or source.op == "get_attr":
+            if source in inside or source.op == "get_attr":
                 continue
-            if isinstance(source.meta.get("spec"), Spec) and source.meta.get("sliceable", False):
+            if source in free:
+                size = source.meta.get("spec")
+                if isinstance(size, Size) and size.slope % unit.rows:
+                    return f"`{source.name}`, a size that it needs, is not a multiple of its rows"
+                continue
+            if isinstance(source.meta.get("spec"), Spec) and _splits(source, unit.rows):
                 continue
             return f"`{source.name}`, which it needs, has no row for each sample"
     return None
+
+
+def _splits(node: fx.Node, rows: int) -> bool:
+    """Whether a value can be taken apart into so many rows a sample."""
+    leaves = [leaf for leaf in pytree.tree_leaves(node.meta.get("spec")) if isinstance(leaf, Spec)]
+    divisible = all(leaf.batch_dim is None or leaf.rows % rows == 0 for leaf in leaves)
+    return divisible and bool(node.meta.get("sliceable", False))
 
 
 def _impure(node: fx.Node) -> str | None:
@@ -325,7 +352,7 @@ def segment_module(segment: Segment, root: nn.Module) -> fx.GraphModule:
     def make(node: fx.Node) -> fx.Node:
         size = node.meta.get("spec")
         if isinstance(size, Size):
-            return _local_size(graph, mapping[anchor], spec(anchor), size)
+            return _local_size(graph, mapping[anchor], spec(anchor), size, segment.rows)
         if node.target is getattr:
             return graph.call_function(getattr, (mapping[anchor], node.args[1]))
         for source in node.all_input_nodes:
@@ -338,12 +365,12 @@ def segment_module(segment: Segment, root: nn.Module) -> fx.GraphModule:
     return fx.GraphModule(root, graph, class_name="Segment")
 
 
-def _local_size(graph: fx.Graph, tensor: fx.Node, found: Spec, size: Size) -> fx.Node:
-    """`slope * batch + offset`, with the batch read off a tensor."""
+def _local_size(graph: fx.Graph, tensor: fx.Node, found: Spec, size: Size, rows: int) -> fx.Node:
+    """`slope * batch + offset`, with the batch read off a tensor that holds `rows` rows a sample."""
     result = graph.call_function(torch.ops.aten.sym_size.int, (tensor, found.batch_dim))
     for function, operand, neutral in (
-        (operator.floordiv, found.rows, 1),
-        (operator.mul, size.slope, 1),
+        (operator.floordiv, found.rows // rows, 1),
+        (operator.mul, size.slope // rows, 1),
         (operator.add, size.offset, 0),
     ):
         if operand != neutral:

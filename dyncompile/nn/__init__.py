@@ -5,11 +5,12 @@ from dyncompile.nn.estimators import ESTIMATORS, Estimator, build_estimator
 from dyncompile.nn.exits import Exit
 from dyncompile.nn.gates import Gate
 from dyncompile.nn.heads import Feature, Pool, build_head
-from dyncompile.nn.policies import FeedForwardPolicy
+from dyncompile.nn.policies import ConvolutionalPolicy, FeedForwardPolicy, RecurrentPolicy
 
 __all__ = [
     "CRITERIA",
     "ESTIMATORS",
+    "ConvolutionalPolicy",
     "Criterion",
     "Estimator",
     "Exit",
@@ -17,6 +18,7 @@ __all__ = [
     "FeedForwardPolicy",
     "Gate",
     "Pool",
+    "RecurrentPolicy",
     "build_estimator",
     "build_head",
     "certainty",

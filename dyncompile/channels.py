@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from dyncompile.capture.modes import Dropout
 from dyncompile.graph import Graph, is_tensor, spec
-from dyncompile.ops import SELECT, SWITCH
+from dyncompile.ops import arms_of, is_select
 
 Dim = tuple[Node, int]
 
@@ -129,7 +129,7 @@ class _Ties:
     def group(self, dims: set[Dim], order: dict[Node, int]) -> ChannelGroup:
         """A component, read."""
         listed = sorted(dims, key=lambda dim: (order[dim[0]], dim[1]))
-        of = {node: dim for node, dim in listed}
+        of = dict(listed)
         obstacles = [reason for dim in listed for reason in self.obstacles.get(dim, ())]
         if len(of) < len(listed):
             double = next(node for node, dim in listed if of[node] != dim)
@@ -182,9 +182,8 @@ class _Ties:
         module = graph.module_of(node)
         if module is not None:
             return self._layer(node, module) if _plain(module) and is_tensor(_first(node)) else ()
-        if node.target in (SELECT, SWITCH):
-            arms = node.args[1:3] if node.target is SELECT else node.args[1]
-            return [pair for arm in arms for pair in _same(arm, node)]  # type: ignore[union-attr]
+        if is_select(node):
+            return [pair for arm in arms_of(node) for pair in _same(arm, node)]
         if _is_pointwise(node):
             return [pair for source in node.all_input_nodes if is_tensor(source) for pair in _broadcast(source, node)]
         source = _first(node)
@@ -309,7 +308,7 @@ def _permuted(source: Node, node: Node) -> list[tuple[Dim, Dim]]:
     rank = _rank(node)
     order = list(range(rank))
     if node.target is aten.permute.default:
-        order = [d % rank for d in node.args[1]]  # type: ignore[union-attr, operator]
+        order = [int(d) % rank for d in node.args[1]]  # type: ignore[union-attr, arg-type]
     elif node.target in (aten.transpose.int, aten.swapaxes.default):
         a, b = (int(d) % rank for d in node.args[1:3])  # type: ignore[arg-type]
         order[a], order[b] = order[b], order[a]

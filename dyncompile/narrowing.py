@@ -248,9 +248,8 @@ class Arm:
         """A layer with parameters, from the first input channels to the first output channels."""
         rows = None if made is None else (0, made)
         if isinstance(module, nn.PReLU):
-            return self._emit(
-                aten.prelu.default, x, self._part(f"{node.target}.weight", rows if module.num_parameters > 1 else None)
-            )
+            own = rows if module.num_parameters > 1 else None
+            return self._emit(aten.prelu.default, x, self._part(f"{node.target}.weight", own))
         columns = None if read is None or type(module) not in (*CONVOLUTIONS, *LINEARS) else (1, read)
         groups = getattr(module, "groups", 1)
         if groups > 1:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
@@ -47,6 +47,7 @@ class ChannelGate(Pass):
             inside a bottleneck).
         norm: Batch norms that see other values at another width: "switchable": statistics and parameters for each
             width; "shared": the static ones.
+        worth: Least share of the model's FLOPs that the narrowest level of a gate saves.
         hidden: Width between the layers of a gate.
         pool: What of a feature map or of tokens a gate reads: "mean", "cls", "last", or "auto": as the model itself
             pools.
@@ -60,18 +61,23 @@ class ChannelGate(Pass):
     levels: Sequence[float] = (0.25, 0.5, 0.75, 1.0)
     chain: int = 2
     norm: str = "switchable"
+    worth: float = 0.002
     hidden: int = 16
     pool: str = "mean"
     estimator: str = "gumbel"
 
     def __post_init__(self) -> None:
-        shares = list(self.levels) if isinstance(self.levels, list | tuple) else []
+        given: Any = self.levels
+        shares = list(given) if isinstance(given, list | tuple) else []
         ascending = all(a < b for a, b in zip([0.0, *shares], shares, strict=False))
         if len(shares) < 2 or not ascending or shares[-1] != 1:
             raise ArgumentError("levels", found=repr(self.levels), expected="at least two ascending shares up to 1.0")
         for argument, value in (("chain", self.chain), ("hidden", self.hidden)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            number: Any = value
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise ArgumentError(argument, found=repr(value), expected="a number >= 1")
+        if not 0 <= self.worth < 1:
+            raise ArgumentError("worth", found=self.worth, expected="a share in [0, 1)")
         if self.norm not in ("switchable", "shared"):
             raise ArgumentError("norm", found=repr(self.norm), expected="'switchable' or 'shared'")
         if self.pool not in ("auto", "mean", "cls", "last"):
@@ -96,9 +102,10 @@ class ChannelGate(Pass):
             if not any(node in taken for node in nodes):
                 chosen[chain[0].producers[0]] = chain
                 taken.update(dict.fromkeys(nodes, chain[0].producers[0]))
-        names = {
-            first: f"width{i}" for i, first in enumerate(g.producers[0] for g in groups if g.producers[0] in chosen)
-        }
+        names: dict[fx.Node, str] = {}
+        for group in groups:
+            if group.producers[0] in chosen:
+                names[group.producers[0]] = f"width{len(names)}"
         covered = {group.producers[0] for chain in chosen.values() for group in chain}
         for group in groups:
             first = group.producers[0]
@@ -153,7 +160,11 @@ class ChannelGate(Pass):
         except ArgumentError as error:
             return str(error)
         saved = self._saved(graph, groups)
-        return f"a gate costs {cost:.0f} FLOPs and the narrowest level saves {saved:.0f}" if cost >= saved else None
+        if saved <= cost:
+            return f"a gate costs {cost:.0f} FLOPs and the narrowest level saves {saved:.0f}"
+        if saved < self.worth * graph.total_flops:
+            return f"the narrowest level saves {100 * saved / graph.total_flops:.2g} % of the model"
+        return None
 
     def _parts(self, groups: list[ChannelGroup]) -> list[list[int]]:
         """For each narrow level, how many parts of each group are kept; levels that coincide are one."""
@@ -188,15 +199,15 @@ class ChannelGate(Pass):
             arm = Arm(graph, found, parts, owner=path, label=f"arm{level}", switchable=self.norm == "switchable")
             narrow.append(arm.insert(ends))
         for node in found.exits:
+            values = [*(copies[node] for copies in narrow), node]
             with graph.fx.inserting_after(ends[node]):
-                chosen = graph.fx.call_function(
-                    SWITCH, (route, [*(a[node] for a in narrow), node], spec(node).batch_dim)
-                )
-            inside = {*found.nodes, chosen}
-            node.replace_all_uses_with(chosen, delete_user_cb=lambda user, inside=inside: user not in inside)
+                chosen = graph.fx.call_function(SWITCH, (route, values, spec(node).batch_dim))
             chosen.meta["path"] = node.meta.get("path", ())
             if node.meta.pop("final", False):
                 chosen.meta["final"] = True
+            for user in list(node.users):
+                if user is not chosen and user not in found.nodes:
+                    user.replace_input_with(node, chosen)
 
     def _region(self, graph: Graph, groups: list[ChannelGroup]) -> Region:
         return region(graph, groups, norms=self.norm == "switchable")

@@ -50,17 +50,16 @@ class ArmDropout(nn.Module):
             return x
         if torch.compiler.is_compiling():
             return torch.where(enabled, self.dropout(x, *rest), x)
-        return self.dropout(x, *rest) if bool(enabled) else x  # type: ignore[no-any-return]
+        return self.dropout(x, *rest) if bool(enabled) else x
 
 
 def private_norm(norm: nn.modules.batchnorm._BatchNorm, channels: int) -> nn.modules.batchnorm._BatchNorm:
     """A batch norm of its own for an arm, starting from the first channels of another (arXiv 1812.08928)."""
     own = copy.deepcopy(norm)
     own.num_features = channels
-    for owner in (own._parameters, own._buffers):
-        for name, value in owner.items():
-            if value is None or value.dim() != 1:
-                continue
-            part = value.detach()[:channels].clone()
-            owner[name] = nn.Parameter(part, value.requires_grad) if isinstance(value, nn.Parameter) else part
+    for name, parameter in list(own.named_parameters(recurse=False)):
+        setattr(own, name, nn.Parameter(parameter.detach()[:channels].clone(), parameter.requires_grad))
+    for name, buffer in list(own.named_buffers(recurse=False)):
+        if buffer.dim() == 1:
+            setattr(own, name, buffer[:channels].clone())
     return own

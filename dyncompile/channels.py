@@ -46,26 +46,16 @@ _POINTWISE = {
     *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg),
 }
 _PERMUTING = {aten.permute.default, aten.transpose.int, aten.swapaxes.default, aten.t.default, aten.numpy_T.default}
-SIZED = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
-"""Reshaping operations whose second argument lists the sizes."""
-_RESHAPING = SIZED | {
-    *(aten.flatten.using_ints, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default),
+_SIZED = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
+_RESHAPING = _SIZED | {
+    *(aten.flatten.using_ints, aten.unflatten.int, aten.unsqueeze.default),
+    *(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims),
 }
 _REDUCING = {
     *(aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.linalg_vector_norm.default),
 }
-_POOLING = {
-    getattr(getattr(aten, f"{kind}_pool{n}d"), "default")  # noqa: B009 - beside the other lookups
-    for kind in ("avg", "max", "adaptive_avg")
-    for n in (1, 2, 3)
-}
-_ALONG = {
-    aten.softmax.int: 1,
-    aten.log_softmax.int: 1,
-    aten.slice.Tensor: 1,
-    aten.narrow.default: 1,
-    aten.flip.default: 1,
-}
+_POOLING = {getattr(aten, f"{kind}_pool{n}d").default for kind in ("avg", "max", "adaptive_avg") for n in (1, 2, 3)}
+_ALONG = {aten.softmax.int, aten.log_softmax.int, aten.slice.Tensor, aten.narrow.default, aten.flip.default}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,6 +94,15 @@ def channel_groups(graph: Graph) -> list[ChannelGroup]:
     groups = [ties.group(dims, order) for dims in nx.connected_components(ties.graph)]
     made = [group for group in groups if group.producers]
     return sorted(made, key=lambda group: order[group.producers[0]])
+
+
+def sizes_argument(node: Node) -> tuple[int, int] | None:
+    """Which argument of an operation lists sizes of its result, and of which dim the first one is; None if none."""
+    if node.target in _SIZED or node.target is aten.expand.default:
+        return 1, 0
+    if node.target is aten.unflatten.int:
+        return 2, int(node.args[1]) % _rank(node.args[0])  # type: ignore[arg-type]
+    return None
 
 
 def describe(graph: Graph, node: Node) -> str:
@@ -151,7 +150,7 @@ class _Ties:
         tied: set[Dim] = set()
         if node.op == "output":
             for source in node.all_input_nodes:
-                self._block(source, tied, "they are an output of the model")
+                self._block(source, tied, "its channels are an output of the model")
             return
         if is_tensor(node):
             self.graph.add_nodes_from(_dims(node))
@@ -166,9 +165,9 @@ class _Ties:
             for source in reads:
                 layer = node in self.readers.get((source, _last(graph, node, source)), ())
                 mixed = {(source, _last(graph, node, source))} if layer else set()
-                self._block(source, tied | mixed, f"{words} works across them")
+                self._block(source, tied | mixed, f"{words} works across its channels")
         if is_tensor(node) and node.op != "get_attr":
-            self._block(node, tied | self.makers, f"{words} makes them, which is no layer that can be narrowed")
+            self._block(node, tied | self.makers, f"{words} makes its channels, and is no layer that can be narrowed")
 
     def _block(self, node: Node, but: set[Dim], reason: str) -> None:
         if is_tensor(node):
@@ -194,7 +193,7 @@ class _Ties:
             (_RESHAPING, self._reshaped),
             (_REDUCING, _reduced),
             (_POOLING, lambda a, b: _same(a, b, (0, 1))),
-            (_ALONG, lambda a, b: _same(a, b, set(range(_rank(b))) - {_argument(b, 1, 0) % _rank(b)})),
+            (_ALONG, _beside),
             ({aten.expand.default}, _broadcast),
         ]
         return next((rule(source, node) for targets, rule in rules if node.target in targets), ())
@@ -315,6 +314,12 @@ def _permuted(source: Node, node: Node) -> list[tuple[Dim, Dim]]:
     else:
         order.reverse()
     return [((source, before), (node, after)) for after, before in enumerate(order)]
+
+
+def _beside(source: Node, node: Node) -> list[tuple[Dim, Dim]]:
+    given = _argument(node, 1, 0)
+    along = {d % _rank(node) for d in (given if isinstance(given, list | tuple) else [given])}
+    return _same(source, node, set(range(_rank(node))) - along)
 
 
 def _reduced(source: Node, node: Node) -> list[tuple[Dim, Dim]]:

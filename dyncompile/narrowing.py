@@ -15,9 +15,9 @@ from dyncompile.channels import (
     LINEARS,
     POINTWISE,
     POOLS,
-    SIZED,
     ChannelGroup,
     describe,
+    sizes_argument,
 )
 from dyncompile.graph import Graph, attribute, is_tensor, spec
 from dyncompile.nn.narrow import ArmBatchNorm, ArmDropout, private_norm
@@ -95,17 +95,17 @@ def obstacle(graph: Graph, found: Region) -> str | None:
     for group in found.groups:
         if tied := _residual(found, group):
             makers = ", ".join(f"`{layer.target}`" for layer in group.producers)
-            return f"they lie on a residual stream: {describe(graph, tied)} ties those of {makers}"
+            return f"its channels lie on a residual stream: {describe(graph, tied)} ties those of {makers}"
     narrowed = {n for group in found.groups for n in group.dims}
     for node in found.nodes:
         module = graph.module_of(node)
         words = describe(graph, node)
         norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and node in found.exits
         if module is not None and type(module) not in _KNOWN and not norm:
-            return f"{words}, between its layers, cannot be run in arms"
+            return f"{words}, between the layers that make and read its channels, cannot be run in arms"
         tags = getattr(node.target, "tags", ())
         if is_select(node) or torch.Tag.nondeterministic_seeded in tags or "decision" in node.meta:
-            return f"{words}, between its layers, decides or draws"
+            return f"{words}, between the layers that make and read its channels, decides or draws random numbers"
         if node in found.exits and (node in narrowed or not is_tensor(node)):
             return f"{words} is read elsewhere"
     for node in (found.source, *found.exits):
@@ -219,11 +219,12 @@ class Arm:
         args: Any = torch.fx.map_arg(node.args, lambda n: mapped[n])
         kwargs: Any = torch.fx.map_arg(node.kwargs, lambda n: mapped[n])
         cut = self.found.width(node, self.parts) if is_tensor(node) else None
-        if cut is not None and (node.target in SIZED or node.target is aten.expand.default):
-            sizes = list(args[1])
-            if isinstance(sizes[cut[0]], int) and sizes[cut[0]] != -1:
-                sizes[cut[0]] = cut[1]
-            args = (args[0], sizes, *args[2:])
+        if cut is not None and (where := sizes_argument(node)) is not None:
+            index, first = where
+            sizes = list(args[index])
+            if 0 <= cut[0] - first < len(sizes) and sizes[cut[0] - first] == spec(node).shape[cut[0]]:
+                sizes[cut[0] - first] = cut[1]
+            args = (*args[:index], sizes, *args[index + 1 :])
         return self._emit(node.target, *args, **kwargs)
 
     def _layer(self, node: Node, module: nn.Module) -> Node:

@@ -5,11 +5,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dyncompile.demand import decision_name
 from dyncompile.errors import ArgumentError
 from dyncompile.lowering.lowered import LoweredModule
 from dyncompile.module import DynamicModule, decision_owners
+from dyncompile.ops import SWITCH, arms_of, decision_of
 
 Shares = Mapping[str, float | Tensor] | Sequence[float]
 
@@ -21,8 +23,9 @@ def forced(model: DynamicModule | LoweredModule, shares: Shares, *, seed: int = 
     Args:
         model: A dynamic model or a lowered one.
         shares: For each exit the share of all samples that leave there, for each gate the share that it keeps; or a
-            mask `[N]` bool in input order. A sequence gives the exits' shares in order. Decisions that are not named
-            are left as they are; exits must be enabled to be forced in a lowered model.
+            mask `[N]` bool in input order. For a route the share that takes the last arm, which computes everything
+            (the others take the first); or arms `[N]` integers. A sequence gives the exits' shares in order. Decisions
+            that are not named are left as they are; exits must be enabled to be forced in a lowered model.
         seed: Which samples are drawn; the same seed draws the same samples for the same batch size.
 
     Raises:
@@ -44,7 +47,7 @@ def forced(model: DynamicModule | LoweredModule, shares: Shares, *, seed: int = 
     """
     dyn = model.dynamic if isinstance(model, LoweredModule) else model
     wanted = _checked(dyn, shares)
-    draw = _Draw(wanted, [n for n in dyn.exits if n in wanted], seed)
+    draw = _Draw(wanted, [n for n in dyn.exits if n in wanted], _routes(dyn), seed)
     if isinstance(model, LoweredModule):
         for name in wanted:
             if name in model.plan.dense:
@@ -66,9 +69,12 @@ def forced(model: DynamicModule | LoweredModule, shares: Shares, *, seed: int = 
 class _Draw:
     """Masks over the whole batch, made when the first decision of a batch is asked for."""
 
-    def __init__(self, shares: Mapping[str, float | Tensor], exits: list[str], seed: int) -> None:
+    def __init__(
+        self, shares: Mapping[str, float | Tensor], exits: list[str], routes: Mapping[str, int], seed: int
+    ) -> None:
         self.shares = shares
         self.exits = exits
+        self.routes = routes
         self.seed = seed
         self.masks: dict[tuple[str, int, torch.device], Tensor] = {}
 
@@ -77,9 +83,14 @@ class _Draw:
             return value
         key = (name, total, value.device)
         if key not in self.masks:
-            self.masks[key] = self._mask(name, total).to(value.device)
+            mask = self._mask(name, total)
+            if name in self.routes and mask.dtype == torch.bool:
+                mask = mask * (self.routes[name] - 1)
+            self.masks[key] = mask.to(value.device)
         mask = self.masks[key]
         mask = mask if index is None else mask[index]
+        if name in self.routes and value.is_floating_point():
+            mask = nn.functional.one_hot(mask, self.routes[name])
         return mask if value.dtype == torch.bool else mask.to(value.dtype)
 
     def _mask(self, name: str, batch: int) -> Tensor:
@@ -91,7 +102,7 @@ class _Draw:
                     found=list(share.shape),
                     expected=f"a mask of [{batch}] samples",
                 )
-            return share.bool()
+            return share.long() if name in self.routes and share.dtype != torch.bool else share.bool()
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(batch, generator=generator)
         offset = float(torch.rand((), generator=generator))
@@ -116,6 +127,12 @@ def _cut(share: float, batch: int, offset: float) -> int:
 
 def _stable(name: str) -> int:
     return sum((i + 1) * byte for i, byte in enumerate(name.encode()))
+
+
+def _routes(dyn: DynamicModule) -> dict[str, int]:
+    """Arms of each route."""
+    switches = [n for n in dyn.graph.fx.nodes if n.target is SWITCH]
+    return {decision_name(decision_of(n)): len(arms_of(n)) for n in switches}
 
 
 def _checked(dyn: DynamicModule, shares: Shares) -> dict[str, float | Tensor]:

@@ -149,7 +149,7 @@ class ChannelGate(Pass):
             if group.obstacles:
                 return group.obstacles[0]
             if not group.consumers:
-                return "no layer reads them"
+                return "no layer reads its channels"
         found = self._region(graph, groups)
         if reason := obstacle(graph, found):
             return reason

@@ -15,6 +15,7 @@ from dyncompile.capture.recurrent import RecurrentLayer
 from dyncompile.demand import specialise
 from dyncompile.errors import ArgumentError, LoweringError
 from dyncompile.graph import Spec, is_tensor, spec
+from dyncompile.lowering.absorbing import absorb_activations
 from dyncompile.lowering.measure import unprofitable
 from dyncompile.lowering.plan import Block, Conditional, Plan, Segment, make_plan, segment_module
 from dyncompile.lowering.program import write_program
@@ -88,6 +89,7 @@ class LoweredModule(nn.Module):
         self._batch_of = next((i, dim) for i, dim in enumerate(dyn.graph.batch_dims) if dim is not None)
         self._dtypes = [dyn.present(t.dtype) for t in dyn.graph.inputs]
         graph = specialise(dyn.graph.fx, self._disabled)
+        absorb_activations(graph, dyn)
         self._layout = self.snapshot and _channels_last(dyn)
         self._take(make_plan(graph))
         if self.decline and (losses := unprofitable(self.plan, self._segments, self.examples(16))):

@@ -102,7 +102,7 @@ class ConvolutionalPolicy(nn.Module):
             raise ArgumentError(
                 "features", found=f"{list(feature.shape)}", expected="one to three dims to convolve over"
             )
-        convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(sizes) - 1]
+        convolution: Callable[..., nn.Module] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(sizes) - 1]
         stride = tuple(max(2, size // 16) for size in sizes)
         kernel = tuple(max(3, step) for step in stride)
         padding = tuple(1 if k > s else 0 for k, s in zip(kernel, stride, strict=True))

@@ -124,13 +124,11 @@ def enable(dyn):
 
 
 def drawn(dyn, inputs, batch):
-    """A random choice for each decision: arms of a route, else yes or no, one a row."""
+    """A random choice for each decision: one of its arms for each sample, or for each of a sample's rows."""
     units = {unit.name: unit for unit in analyse(dyn.graph.fx).units}
-    decisions = {n: d.numel() for n, d in dyn.trace(*inputs(batch)).decisions.items()}
-    return {
-        name: torch.randint(0, len(units[name].arms), (rows,)) if units[name].routed else torch.rand(rows) < 0.5
-        for name, rows in decisions.items()
-    }
+    shapes = {name: decision.shape for name, decision in dyn.trace(*inputs(batch)).decisions.items()}
+    arms = {name: torch.randint(0, len(units[name].arms), shape) for name, shape in shapes.items()}
+    return {name: arm if units[name].routed else arm.bool() for name, arm in arms.items()}
 
 
 @pytest.mark.parametrize(("strategy", "kind"), [pair for pair in PAIRS if pair in REFUSED])

@@ -75,6 +75,10 @@ def test_every_decision_finds_its_probability(several):
     routes = torch.rand(N, 2, 3)
     pair = traced({"r0": routes[:, 0], "r1": routes[:, 1]}, {"p": routes}, {"r0": "p", "r1": "p"}, {"r0": 3, "r1": 3})
     assert torch.equal(gate_probabilities(pair)["r1"], routes[:, 1])
+    hard = traced({"r0": torch.zeros(N).long()}, {"p": routes[:, :1]}, {"r0": "p"}, {"r0": 3})
+    assert torch.equal(gate_probabilities(hard)["r0"], routes[:, 0])
+    single = traced({"block0": torch.ones(N)}, {"policy": torch.rand(N, 1)}, {"block0": "policy"})
+    assert torch.equal(gate_probabilities(single)["block0"], single.probabilities["policy"][:, 0])
 
 
 def test_activation_rate_is_the_formula(several):

@@ -148,11 +148,18 @@ def test_the_cost_is_that_of_who_stays(static, device):
         exit_.threshold.fill_(0.1)
     trace = dyn.trace(TRAIN[0][:64].to(device))
     assert trace.cost.mean() < 0.7  # exits fire
-    decisions = {n: torch.zeros_like(d) if n in dyn.exits else d for n, d in trace.decisions.items()}
-    cost = dyn.cost_model().expected(decisions).mean()
+    nobody = {n: torch.zeros(64, device=device) for n in dyn.exits}
     objective = GateCost(schedule=schedule, costs=dyn.cost_model(), weight=3.0)
-    expected = 3 * (cost - 0.6) ** 2
-    assert objective(trace, TRAIN[1][:64].to(device)).item() == pytest.approx(expected.item(), rel=1e-4)
+    expected = 3 * (dyn.cost_model().expected(nobody | trace.probabilities).mean() - 0.6) ** 2
+    found = objective(trace, TRAIN[1][:64].to(device))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+    found.backward()
+    assert all(gate.policy.outer.weight.grad.abs().sum() > 0 for gate in dyn.gates.values())
+    costs = dyn.cost_model()
+    hard = dyn.eval().trace(TRAIN[0][:64].to(device))  # in evaluation by what is decided
+    decided = {n: torch.zeros_like(d) if n in dyn.exits else d for n, d in hard.decisions.items()}
+    expected = 3 * (costs.expected(decided).mean() - 0.6) ** 2
+    assert objective(hard, TRAIN[1][:64].to(device)).item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_decisions_are_set_free_from_the_last_to_the_first(static, device):
@@ -192,8 +199,8 @@ def test_defaults_reach_the_target_without_collapse(static, strategy, device):
         dyn, TRAIN, VAL, epochs=25, mode="joint", target_cost=0.6, lr=1e-2, batch_size=50, progress=False
     )
     cost, rates = spread(dyn, device)
-    assert cost == pytest.approx(0.6, abs=0.06)
-    assert all(0.01 < rate < 0.99 for rate in rates.values()), rates
+    assert cost == pytest.approx(0.6, abs=0.03)
+    assert all(0.005 < rate < 0.99 for rate in rates.values()), rates
     assert accuracy(dyn, device) > accuracy(static, device) - 0.02
     assert all(bool(gate.enabled) for gate in dyn.gates.values())
     last = result.history[-1]
@@ -270,7 +277,7 @@ def test_patience_judges_by_the_target_of_the_end(dyn, device):
     result = finetune(dyn, epochs=6, target_cost=0.5, lr=1e-2, patience=6)
     assert result.best_epoch > 2
     assert spread(dyn, device)[0] < 0.9
-    assert result.history[0]["val/sparsity/cost"] == pytest.approx(20 * (1.04 - 0.5) ** 2, rel=0.02)
+    assert result.history[0]["val/sparsity/cost"] == pytest.approx(100 * (1.04 - 0.5) ** 2, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -355,4 +362,16 @@ def test_the_schedule_moves_with_the_epochs_where_batches_are_not_counted(dyn, d
     schedule.update = lambda progress: (seen.append(progress), update(progress))
     finetune(dyn, loader, None, epochs=4, target_cost=schedule)
     assert [key for key, _ in itertools.groupby(seen)] == [0, 0.25, 0.5, 0.75, 1.0]
-    assert BatchShaping(target=schedule).target is schedule
+
+
+def test_all_gates_alike_follow_the_schedule(dyn, device):
+    """As a guard in a loop of one's own: the rate at which the cost is the target."""
+    schedule = GateSchedule(dyn, target_cost=0.5, warmup=0.0, settled=1.0)
+    trace = dyn.train().trace(TRAIN[0][:64].to(device))
+    found = []
+    for progress in (0.0, 1.0):
+        schedule.update(progress)
+        found.append(BatchShaping(target=schedule)(trace, TRAIN[1][:64]).item())
+        fixed = BatchShaping(target=min(schedule.rate, 0.99))(trace, TRAIN[1][:64]).item()
+        assert found[-1] == pytest.approx(fixed)
+    assert found[0] != pytest.approx(found[1])

@@ -1,7 +1,6 @@
 """Channel gate: how many channels of a layer are computed is chosen per sample."""
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -219,7 +218,6 @@ class ChannelGate(Pass):
     def _policy(self, graph: Graph, source: fx.Node, arms: int) -> nn.Module:
         read = feature(graph, source, mask=token_mask(graph, source), pool=self.pool)
         policy = FeedForwardPolicy(read, self.hidden, arms)
-        nn.init.zeros_(policy.outer.bias)
-        with torch.no_grad():  # the full arm starts as likely as an open binary gate
-            policy.outer.bias[-1] = OPEN_LOGIT + math.log(arms - 1)
+        with torch.no_grad():  # wide arms start likelier than narrow ones
+            policy.outer.bias.copy_(torch.linspace(0, OPEN_LOGIT, arms))
         return policy

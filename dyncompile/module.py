@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from dyncompile.capture.check import resize
 from dyncompile.cost import CostModel, cost_model, exit_costs
-from dyncompile.demand import conjunctions, decision_name, specialise
+from dyncompile.demand import conjunctions, decision_name, specialise, stands_in
 from dyncompile.errors import ArgumentError, CaptureError
 from dyncompile.graph import Graph, is_tensor, program, spec
 from dyncompile.nn import Exit, Gate
@@ -297,6 +297,7 @@ class _Overriding(fx.Interpreter):
         super().__init__(module, graph=module._trace_graph(module.training))
         self.override = override
         self.names = {decision_of(n): decision_name(decision_of(n)) for n in self.graph.nodes if is_select(n)}
+        self.names.update({n: str(n.meta["decision"]) for n in self.graph.nodes if "decision" in n.meta})
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -319,9 +320,20 @@ def disabled_gates(module: DynamicModule) -> dict[str, int]:
 
 def decision_owners(graph: fx.Graph) -> dict[str, str]:
     """For each decision, by name and in order of execution, the exit or gate that makes it; "" for the user's own."""
-    decisions = (decision_of(node) for node in graph.nodes if is_select(node))
-    own = (decision for decision in decisions if "all_of" not in decision.meta)
-    return {decision_name(decision): str(decision.meta.get("owner", "")) for decision in own}
+    found = decision_nodes(graph).items()
+    return {name: str(node.meta.get("owner", "")) for name, node in found if "all_of" not in node.meta}
+
+
+def decision_nodes(graph: fx.Graph) -> dict[str, fx.Node]:
+    """The node of each decision, by name and in order of execution."""
+    found: dict[str, fx.Node] = {}
+    for node in graph.nodes:
+        if is_select(node):
+            found.setdefault(decision_name(decision_of(node)), decision_of(node))
+        elif name := stands_in(node):
+            near = (*node.all_input_nodes, *node.users)
+            found.setdefault(name, next(n for n in near if n.meta.get("decision") == name))
+    return found
 
 
 def decision_routes(graph: fx.Graph) -> dict[str, int]:

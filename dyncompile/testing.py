@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dyncompile.demand import conjunctions, decision_name
+from dyncompile.demand import conjunctions, stands_in
 from dyncompile.errors import ArgumentError
 from dyncompile.lowering.lowered import LoweredModule
-from dyncompile.module import DynamicModule, decision_routes
-from dyncompile.ops import decision_of, is_select
+from dyncompile.module import DynamicModule, decision_nodes, decision_routes
+from dyncompile.nn import Gate
 from dyncompile.shapes import spec
 
 Share = float | Sequence[float] | Tensor
@@ -86,8 +86,7 @@ class _Kind:
 
 def _kinds(dyn: DynamicModule) -> dict[str, _Kind]:
     routes = decision_routes(dyn.graph.fx)
-    selects = [node for node in dyn.graph.fx.nodes if is_select(node)]
-    found = {decision_name(decision_of(node)): spec(decision_of(node)).rows for node in selects}
+    found = {name: spec(node).rows for name, node in decision_nodes(dyn.graph.fx).items()}
     parts = conjunctions(dyn.graph.fx)
     return {name: _Kind(found.get(name, 1), routes.get(name, 0), parts.get(name, ())) for name in (*dyn.exits, *found)}
 
@@ -183,6 +182,9 @@ def _checked(dyn: DynamicModule, shares: Shares, kinds: Mapping[str, _Kind]) -> 
     for name, share in given.items():
         if name not in kinds:
             raise ArgumentError("shares", found=repr(name), expected=f"names among {list(kinds)}")
+        if name in _within(dyn):
+            found = f"{name!r}, whose agent reads the state that its own decisions make"
+            raise ArgumentError("shares", found=found, expected="a decision that is made ahead")
         if why := _unfit(share, kinds[name].arms):
             shown = f"{share.dtype} {list(share.shape)}" if isinstance(share, Tensor) else share
             raise ArgumentError(f"shares[{name!r}]", found=shown, expected=why)
@@ -190,6 +192,12 @@ def _checked(dyn: DynamicModule, shares: Shares, kinds: Mapping[str, _Kind]) -> 
     if total > 1 + 1e-9:
         raise ArgumentError("shares", found=f"exits that sum to {total}", expected="at most 1")
     return given
+
+
+def _within(dyn: DynamicModule) -> set[str]:
+    """Decisions that are made inside of what they control."""
+    nodes = dyn.graph.fx.nodes
+    return {name for n in nodes if (name := stands_in(n)) and isinstance(dyn.graph.module_of(n), Gate)}
 
 
 def _unfit(share: Share, arms: int) -> str:

@@ -1,5 +1,7 @@
 """Policies: what a gate decides by. Each gives logits of what to compute, and starts open for nearly every sample."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ from dyncompile.demand import decision_name
 from dyncompile.errors import ArgumentError, CaptureError
 from dyncompile.graph import Graph, is_tensor, program, spec
 from dyncompile.nn import Exit, Gate
-from dyncompile.ops import decision_of, is_select
+from dyncompile.ops import SWITCH, arms_of, decision_of, is_select
 from dyncompile.recipe import Recipe, floating_dtype
 
 _INSERTED = ("exits", "gates", "_modes", "_constants")
@@ -38,6 +38,8 @@ class Trace:
             `[N, K]` weights, differentiable. Where a sample owns r tokens or frames: `[N, r]`, a route `[N, r, K]`.
         probabilities: Per gate, what its policy gave before anything was drawn: shaped as in training.
         cost: `[N]`, expected cost of each sample; 1.0 = the static model. Differentiable in training.
+        owners: For each decision the exit or gate that makes it; "" for the user's own.
+        routes: For each decision that is a route the number of its arms.
     """
 
     output: Any
@@ -47,6 +49,8 @@ class Trace:
     decisions: dict[str, Tensor]
     probabilities: dict[str, Tensor]
     cost: Tensor
+    owners: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    routes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 class DynamicModule(nn.Module):
@@ -91,6 +95,8 @@ class DynamicModule(nn.Module):
         self._forward = program(graph.fx)
         self._trace = program(self._trace_graph())
         self._costs: dict[tuple[str, tuple[tuple[str, int], ...]], CostModel] = {}
+        self._owners = decision_owners(graph.fx)
+        self._routes = decision_routes(graph.fx)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies leave the cost models out: they hold nodes, and are made again when asked for."""
@@ -156,7 +162,17 @@ class DynamicModule(nn.Module):
         if not decisions:
             batch = inputs[self._batched()].shape[self._graph.batch_dims[self._batched()] or 0]
             cost = cost.to(final.device).expand(batch)
-        return Trace(output, final, taps["exit"], taps["confidence"], decisions, taps["probability"], cost)
+        return Trace(
+            output,
+            final,
+            taps["exit"],
+            taps["confidence"],
+            decisions,
+            taps["probability"],
+            cost,
+            self._owners,
+            self._routes,
+        )
 
     def _batched(self) -> int:
         return next(i for i, dim in enumerate(self._graph.batch_dims) if dim is not None)
@@ -289,3 +305,9 @@ def decision_owners(graph: fx.Graph) -> dict[str, str]:
     """For each decision, by name and in order of execution, the exit or gate that makes it; "" for the user's own."""
     decisions = (decision_of(node) for node in graph.nodes if is_select(node))
     return {decision_name(decision): str(decision.meta.get("owner", "")) for decision in decisions}
+
+
+def decision_routes(graph: fx.Graph) -> dict[str, int]:
+    """The number of arms of each decision that is the route of a `switch`, by name."""
+    switches = (node for node in graph.nodes if node.target is SWITCH)
+    return {decision_name(decision_of(node)): len(arms_of(node)) for node in switches}

@@ -24,7 +24,7 @@ def make_trace(device, shape=(N, K), **parts):
     exits = {name: values[name] for name in ("exit0", "exit1")}
     cost = parts.pop("cost", torch.ones(N, device=device))
     confidence = parts.pop("confidence", {})
-    return Trace(values["final"], values["final"], exits, confidence, {}, cost)
+    return Trace(values["final"], values["final"], exits, confidence, {}, {}, cost)
 
 
 @pytest.fixture
@@ -213,6 +213,7 @@ def test_half_precision_is_taken_to_float32(device, labels):
         None,
         trace.final.bfloat16(),
         {name: p.bfloat16() for name, p in trace.exits.items()},
+        {},
         {},
         {},
         trace.cost.bfloat16(),

@@ -309,7 +309,7 @@ def test_dense_predictions_learn_and_ignore(device):
 def test_cost_can_be_part_of_the_objective(dyn):
     objective = MultiExit() + ExpectedCost(weight=5.0)
     result = finetune(dyn, epochs=3, lr=1e-2, objective=objective)
-    assert result.history[-1]["train/cost"] < result.history[0]["train/cost"]
+    assert result.history[-1]["train/sparsity/cost"] < result.history[0]["train/sparsity/cost"]
 
 
 @pytest.mark.parametrize(

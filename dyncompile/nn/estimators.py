@@ -1,4 +1,8 @@
-"""How a discrete choice is made in training, so that a gradient reaches what chose."""
+"""How a discrete choice is made in training, so that a gradient reaches what chose.
+
+Everything is drawn and computed in float32 at least: bfloat16 has 256 uniform numbers, and 0, whose logarithm would
+decide alone, is one of them.
+"""
 
 from abc import abstractmethod
 from typing import Any
@@ -46,6 +50,9 @@ class Estimator(nn.Module):
 class GumbelSoftmax(Estimator):
     """Samples of the concrete distribution (arXiv 1611.00712, 1611.01144), the temperature falling exponentially.
 
+    Hard samples are exact draws from the probabilities, at any temperature. The gradient is that of the soft sample: it
+    is biased, and the bias of soft samples goes to 0 with the temperature while their variance grows.
+
     Args:
         start: Temperature at the beginning, above 0.
         end: Temperature at the end, above 0.
@@ -63,14 +70,17 @@ class GumbelSoftmax(Estimator):
         self.register_buffer("temperature", torch.tensor(start))
 
     def binary(self, logits: Tensor) -> Tensor:
-        noise = _logistic(logits)
-        soft = torch.sigmoid((logits + noise) / self.temperature.to(logits.dtype))
-        return _straight((soft > 0.5).to(soft.dtype), soft) if self.hard else soft
+        noisy = _wide(logits)
+        u = _uniform(noisy)
+        noisy = noisy + torch.log(u) - torch.log1p(-u)
+        soft = torch.sigmoid(noisy / self.temperature.to(noisy.dtype)).to(logits.dtype)
+        return _straight(noisy > 0, soft) if self.hard else soft
 
     def categorical(self, logits: Tensor) -> Tensor:
-        gumbel = -torch.log(-torch.log(_uniform(logits)))
-        soft = torch.softmax((logits + gumbel) / self.temperature.to(logits.dtype), -1)
-        return _straight(_one_hot(soft.argmax(-1), soft), soft) if self.hard else soft
+        noisy = _wide(logits)
+        noisy = noisy + _gumbel(noisy)
+        soft = torch.softmax(noisy / self.temperature.to(noisy.dtype), -1).to(logits.dtype)
+        return _straight(_one_hot(noisy), soft) if self.hard else soft
 
     def anneal(self, progress: float) -> None:
         self.temperature.fill_(self.start * (self.end / self.start) ** progress)
@@ -80,43 +90,53 @@ class GumbelSoftmax(Estimator):
 
 
 class StraightThrough(Estimator):
-    """Draws from the probabilities and takes their gradient in place of the draw's (arXiv 1308.3432)."""
+    """Draws from the probabilities and takes their gradient in place of the draw's (arXiv 1308.3432).
+
+    Unbiased where the loss is linear in each decision, as the expected cost is; else biased by its curvature.
+    """
 
     def binary(self, logits: Tensor) -> Tensor:
-        p = torch.sigmoid(logits)
-        return _straight(torch.bernoulli(p.detach()), p)
+        return _straight(_drawn(logits), torch.sigmoid(logits))
 
     def categorical(self, logits: Tensor) -> Tensor:
-        p = torch.softmax(logits, -1)
-        return _straight(_drawn(p), p)
+        return _straight(_drawn_of_many(logits), torch.softmax(logits, -1))
 
 
 class SemanticHashing(Estimator):
     """Improved semantic hashing (arXiv 1801.09797): noise before a saturating sigmoid; every other sample is discrete.
 
+    The discrete half learns by the gradient of the soft one, so the gradient is that of the noisy saturating sigmoid.
+
     Args:
-        noise: Standard deviation of the noise on the logits.
+        noise: Standard deviation of the noise on the logits, not negative.
     """
 
     def __init__(self, *, noise: float = 1.0) -> None:
         super().__init__()
+        if not noise >= 0:
+            raise ArgumentError("noise", found=noise, expected="a standard deviation, not negative")
         self.noise = noise
 
     def binary(self, logits: Tensor) -> Tensor:
-        noisy = logits + self.noise * torch.randn_like(logits)
-        soft = (1.2 * torch.sigmoid(noisy) - 0.1).clamp(0, 1)
-        # The discrete half learns by the gradient of the soft one.
-        hard = _straight((noisy > 0).to(soft.dtype), soft)
-        half = torch.rand_like(logits) < 0.5
-        return torch.where(half, hard, soft)
+        noisy = self._noisy(logits)
+        soft = (1.2 * torch.sigmoid(noisy) - 0.1).clamp(0, 1).to(logits.dtype)
+        half = torch.rand(logits.shape, device=logits.device) < 0.5
+        return torch.where(half, _straight(noisy > 0, soft), soft)
 
     def categorical(self, logits: Tensor) -> Tensor:
-        noisy = logits + self.noise * torch.randn_like(logits)
-        soft = (1.2 * torch.softmax(noisy, -1) - 0.1).clamp(0, 1)
-        soft = soft / soft.sum(-1, keepdim=True).clamp(min=1e-6)
-        hard = _straight(_one_hot(noisy.argmax(-1), soft), soft)
-        half = torch.rand(logits.shape[:-1], dtype=logits.dtype, device=logits.device) < 0.5
-        return torch.where(half[..., None], hard, soft)
+        noisy = self._noisy(logits)
+        # For two arms the saturating sigmoid of their difference; the most likely arm keeps 1 / K at least.
+        soft = (1.2 * torch.softmax(noisy, -1) - 0.2 / logits.shape[-1]).clamp(min=0)
+        soft = (soft / soft.sum(-1, keepdim=True)).to(logits.dtype)
+        half = torch.rand(logits.shape[:-1], device=logits.device) < 0.5
+        return torch.where(half[..., None], _straight(_one_hot(noisy), soft), soft)
+
+    def _noisy(self, logits: Tensor) -> Tensor:
+        wide = _wide(logits)
+        return wide + self.noise * torch.randn_like(wide)
+
+    def extra_repr(self) -> str:
+        return f"noise={self.noise}"
 
 
 class Reinforce(Estimator):
@@ -127,10 +147,10 @@ class Reinforce(Estimator):
     """
 
     def binary(self, logits: Tensor) -> Tensor:
-        return torch.bernoulli(torch.sigmoid(logits.detach()))
+        return _drawn(logits).to(logits.dtype)
 
     def categorical(self, logits: Tensor) -> Tensor:
-        return _drawn(torch.softmax(logits.detach(), -1))
+        return _drawn_of_many(logits).to(logits.dtype)
 
 
 ESTIMATORS: dict[str, type[Estimator]] = {
@@ -157,26 +177,37 @@ def build_estimator(kind: str, **options: Any) -> Estimator:
 
 
 def _straight(hard: Tensor, soft: Tensor) -> Tensor:
-    """The value of `hard`, to the bit, with the gradient of `soft`."""
-    return hard.detach() + (soft - soft.detach())
+    """The value of `hard`, to the bit, with dtype and gradient of `soft`."""
+    return hard.to(soft.dtype) + (soft - soft.detach())
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """Half precision to float32, anything else as it is."""
+    return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 
 
 def _uniform(like: Tensor) -> Tensor:
     """Uniform in (0, 1), with neither end."""
-    tiny = torch.finfo(like.dtype).tiny
-    return torch.rand_like(like).clamp(min=tiny, max=1 - torch.finfo(like.dtype).eps)
+    eps = torch.finfo(like.dtype).eps
+    return torch.rand_like(like).clamp(min=eps / 2, max=1 - eps / 2)
 
 
-def _logistic(like: Tensor) -> Tensor:
-    u = _uniform(like)
-    return torch.log(u) - torch.log1p(-u)
+def _gumbel(like: Tensor) -> Tensor:
+    return -torch.log(-torch.log(_uniform(like)))
 
 
-def _drawn(p: Tensor) -> Tensor:
-    """One-hot draws from `[..., K]` probabilities."""
-    flat = torch.multinomial(p.detach().reshape(-1, p.shape[-1]), 1).reshape(p.shape[:-1])
-    return _one_hot(flat, p)
+def _drawn(logits: Tensor) -> Tensor:
+    """Draws, bool, from the probabilities of arm 1."""
+    wide = _wide(logits.detach())
+    return torch.rand_like(wide) < torch.sigmoid(wide)
 
 
-def _one_hot(index: Tensor, like: Tensor) -> Tensor:
-    return F.one_hot(index, like.shape[-1]).to(like.dtype)
+def _drawn_of_many(logits: Tensor) -> Tensor:
+    """One-hot draws, bool, from the softmax of `[..., K]`."""
+    wide = _wide(logits.detach())
+    return _one_hot(wide + _gumbel(wide))
+
+
+def _one_hot(scores: Tensor) -> Tensor:
+    """The highest of `[..., K]`, bool."""
+    return F.one_hot(scores.argmax(-1), scores.shape[-1]).bool()

@@ -24,6 +24,7 @@ from dyncompile.module import DynamicModule
 from dyncompile.training.losses import class_dim
 from dyncompile.training.objectives import Distillation, LearnedConfidence, Objective
 from dyncompile.training.parts import Mode, learning, preserved
+from dyncompile.training.schedule import GateSchedule
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
@@ -45,7 +46,8 @@ class TrainingResult:
     Attributes:
         history: One dict per epoch, those before a resumption included: `epoch` (from 1),
             `train/loss` and its parts, and with validation data `val/loss`, its parts, and
-            `val/accuracy/<exit>`, in regression `val/mse/<exit>`.
+            `val/accuracy/<exit>`, in regression `val/mse/<exit>`. With gates also `train/cost` and `val/cost`, what a
+            sample costs on average (1.0 = the static model), and `val/rate/<decision>`, how often each is open.
         best_epoch: The epoch with the lowest validation loss; without validation data the last.
         checkpoint: The last checkpoint, None where nothing was kept.
     """
@@ -55,11 +57,15 @@ class TrainingResult:
     checkpoint: Path | None
 
     def __str__(self) -> str:
-        shown = ("epoch", "train/loss", "val/loss", "val/accuracy/", "val/mse/")
+        shown = ("epoch", "train/loss", "val/loss", "val/cost", "val/accuracy/", "val/mse/")
         names = [name for start in shown for name in self.history[-1] if name.startswith(start)]
         rows = [names, *([f"{epoch[name]:.4g}" for name in names] for epoch in self.history)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        rates = {n.removeprefix("val/rate/"): r for n, r in self.history[-1].items() if n.startswith("val/rate/")}
+        if rates:
+            lines.append("open at the end: " + ", ".join(f"{name} {rate:.0%}" for name, rate in rates.items()))
+        return "\n".join(lines)
 
 
 def finetune(
@@ -70,6 +76,7 @@ def finetune(
     epochs: int = 3,
     mode: Mode = "heads",
     objective: Objective | None = None,
+    target_cost: float | GateSchedule | None = None,
     lr: float = 2e-3,
     optimizer: Callable[[list[dict[str, Any]]], Optimizer] = torch.optim.AdamW,
     batch_size: int = 64,
@@ -101,7 +108,12 @@ def finetune(
         mode: "heads" trains what passes inserted; parameters, batch norm statistics and dropout of
             the backbone are frozen. "joint" trains every parameter that requires a gradient.
         objective: Loss of a trace. Default: `Distillation()`, which is multi-exit with distillation
-            from the full depth; in regression with `LearnedConfidence()`.
+            from the full depth; for a model with gates, which change that, from the static model as it is now. In
+            regression with `LearnedConfidence()`.
+        target_cost: What a sample is to cost on average, 1.0 = the static model, for a model with gates: they are
+            enabled after a warm-up and annealed to it, and the cost's distance to it and a guard against dead and
+            always-open gates are added to the objective. A `GateSchedule` sets the details. Exits are not counted:
+            their thresholds are `calibrate`'s. None: gates stay as they are.
         lr: Learning rate of what was inserted; the backbone's is a tenth of it.
         optimizer: Makes the optimizer from parameter groups that carry their `lr`.
         batch_size: Samples per batch and process, for data that is not a DataLoader.
@@ -149,10 +161,8 @@ def finetune(
     require("lightning.pytorch", extra="train")
     from dyncompile.training.lightning_module import FineTuning
 
-    if objective is None:
-        objective = Distillation()
-        if dyn.task == "regression":
-            objective += LearnedConfidence()
+    schedule = _schedule(dyn, target_cost)
+    objective = _objective(dyn, objective, schedule)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_quiet())
         stack.enter_context(_own_randomness())
@@ -175,6 +185,7 @@ def finetune(
             optimizer=optimizer,
             lr=lr,
             seed=seed,
+            schedule=schedule,
         )
         trainer = _trainer(
             where,
@@ -192,7 +203,29 @@ def finetune(
         )
         last = where / "last.ckpt"
         _fit(trainer, module, last if resume and last.exists() else None)
-        return _finish(trainer, module, keep=directory is not None, best=patience is not None)
+        result = _finish(trainer, module, keep=directory is not None, best=patience is not None)
+        if schedule is not None:
+            schedule.update(1.0)
+        return result
+
+
+def _objective(dyn: DynamicModule, objective: Objective | None, schedule: GateSchedule | None) -> Objective:
+    """What is trained for: the user's objective or the default, and what the schedule adds."""
+    if objective is None:
+        objective = Distillation(teacher=dyn.static() if dyn.gates else "final")
+        if dyn.task == "regression":
+            objective += LearnedConfidence()
+    return objective if schedule is None else objective + schedule.objective
+
+
+def _schedule(dyn: DynamicModule, target_cost: float | GateSchedule | None) -> GateSchedule | None:
+    if target_cost is None:
+        return None
+    if not isinstance(target_cost, GateSchedule):
+        return GateSchedule(dyn, target_cost=target_cost)
+    if target_cost.dyn is not dyn:
+        raise ArgumentError("target_cost", found="the schedule of another model", expected="GateSchedule(dyn, ...)")
+    return target_cost
 
 
 def _classes(dyn: DynamicModule, data: Any, argument: str, **options: Any) -> int | None:

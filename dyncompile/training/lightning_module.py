@@ -1,5 +1,6 @@
 """Fine-tuning as Lightning runs it; `finetune` imports this late, because it loads Lightning."""
 
+import contextlib
 import math
 import random
 from collections.abc import Callable
@@ -16,9 +17,15 @@ from torch.utils.data import DataLoader
 from dyncompile.data import Batch, call
 from dyncompile.errors import ArgumentError
 from dyncompile.module import DynamicModule
-from dyncompile.training.losses import score
+from dyncompile.training.gating import activation_rates
+from dyncompile.training.losses import score, widen
+from dyncompile.training.norms import recalibrate_norms
 from dyncompile.training.objectives import Objective
 from dyncompile.training.parts import Mode, parameter_groups, set_training
+from dyncompile.training.schedule import GateSchedule
+
+_RECALIBRATION = 4096
+"""Samples, at most, that batch norm statistics are estimated from at the end of an epoch."""
 
 
 class FineTuning(LightningModule):
@@ -39,6 +46,7 @@ class FineTuning(LightningModule):
         optimizer: Callable[[list[dict[str, Any]]], Optimizer],
         lr: float,
         seed: int,
+        schedule: GateSchedule | None = None,
     ) -> None:
         super().__init__()
         self.dyn = dyn
@@ -49,6 +57,8 @@ class FineTuning(LightningModule):
         self.optimizer = optimizer
         self.lr = lr
         self.seed = seed
+        self.schedule = schedule
+        self.target_cost = None if schedule is None else schedule.target_cost
         self.history: list[dict[str, float]] = []
         self._worker_seeds = torch.Generator()
         self._order: torch.Generator | None = None  # the user's own, where a loader brings one
@@ -107,8 +117,33 @@ class FineTuning(LightningModule):
         self._reseed()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
-        """Give the step random numbers of its own."""
+        """Give the step random numbers of its own, and the gates what the schedule says."""
         self._reseed(batch_idx, self.global_rank)
+        if self.schedule is not None:
+            # An unknown number of batches is infinite: then the schedule moves with the epochs.
+            progress: Any = self.trainer.fit_loop.epoch_progress.current
+            done = progress.processed + batch_idx / self.trainer.num_training_batches
+            self.schedule.update(done / (self.trainer.max_epochs or 1))
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+        """After an epoch, let norms behind gates see what they will see, before that is measured and saved."""
+        enabled = any(bool(gate.get_buffer("enabled")) for gate in self.dyn.gates.values())
+        if self.mode == "joint" and enabled and self.trainer.is_last_batch:
+            # Every process reads the same samples.
+            loader = self.train_loader()
+            self._reseed(batch_idx)
+            batches = max(1, _RECALIBRATION // len(batch[1]))
+            recalibrate_norms(self.dyn, loader, batches=batches, argument="train_data")
+
+    def on_validation_start(self) -> None:
+        """Judge every epoch by the target of the end."""
+        if self.schedule is not None:
+            self.schedule.validating = True
+
+    def on_validation_end(self) -> None:
+        """Go on."""
+        if self.schedule is not None:
+            self.schedule.validating = False
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
         """The loss of a batch."""
@@ -122,10 +157,11 @@ class FineTuning(LightningModule):
 
     def _loss(self, batch: Batch, stage: str) -> Tensor:
         inputs, targets = batch
-        trace = call(self.dyn.trace, inputs)
-        if self.dyn.task == "regression":
-            targets = targets.to(trace.final.dtype)
-        parts = self.objective.parts(trace, targets, inputs)
+        with contextlib.nullcontext() if self.schedule is None else self.schedule.holding():
+            trace = call(self.dyn.trace, inputs)
+            if self.dyn.task == "regression":
+                targets = targets.to(trace.final.dtype)
+            parts = self.objective.parts(trace, targets, inputs)
         loss = torch.stack(list(parts.values())).sum()
         for name, value in {"loss": loss, **parts}.items():
             self._log_epoch(f"{stage}/{name}", value, len(targets))
@@ -134,6 +170,11 @@ class FineTuning(LightningModule):
             for name, prediction in {**trace.exits, "final": trace.final}.items():
                 value, count = score(prediction, targets, self.objective.ignore_index)
                 self._log_epoch(f"val/{metric}/{name}", value, count)
+        if self.dyn.gates:
+            self._log_epoch(f"{stage}/cost", widen(trace.cost).mean(), len(targets))
+            if stage == "val":
+                for name, rate in activation_rates(trace).items():
+                    self._log_epoch(f"val/rate/{name}", rate, len(targets))
         return loss
 
     def _log_epoch(self, name: str, value: Tensor, count: int) -> None:
@@ -154,13 +195,14 @@ class FineTuning(LightningModule):
             "history": self.history,
             "mode": self.mode,
             "seed": self.seed,
+            "target_cost": self.target_cost,
             "order": None if self._order is None else self._order.get_state(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse what was made otherwise; else continue its history."""
         state = checkpoint.get("dyncompile", {})
-        for name in ("mode", "seed"):
+        for name in ("mode", "seed", "target_cost"):
             if state.get(name) != getattr(self, name):
                 raise ArgumentError(
                     name,

@@ -16,6 +16,7 @@ from dyncompile.errors import ArgumentError
 from dyncompile.training.losses import divergence, squared_error, task_loss, widen
 
 if TYPE_CHECKING:
+    from dyncompile.cost import CostModel
     from dyncompile.module import Trace
 
 Weights = Sequence[float] | Mapping[str, float] | None
@@ -183,6 +184,8 @@ class ExpectedCost(Objective):
     Args:
         weight: Factor, above 0.
         target: Cost to aim at; 1.0 is the static model.
+        costs: What the regions of the model cost; None: their FLOPs, as in `Trace.cost`. The time that they take on
+            this machine: `dyn.train().cost_model(unit="time")`.
 
     Raises:
         ArgumentError: weight or target are not above 0.
@@ -190,6 +193,7 @@ class ExpectedCost(Objective):
 
     weight: float = 1.0
     target: float | None = None
+    costs: "CostModel | None" = None
 
     def __post_init__(self) -> None:
         for name, value in (("weight", self.weight), ("target", self.target)):
@@ -203,9 +207,9 @@ class ExpectedCost(Objective):
         inputs: Inputs | None = None,  # noqa: ARG002
     ) -> dict[str, Tensor]:
         """See `Objective.parts`."""
-        cost = widen(trace.cost).mean()
+        cost = widen(trace.cost if self.costs is None else self.costs.expected(trace.decisions)).mean()
         loss = cost if self.target is None else (cost - self.target) ** 2
-        return {"cost": self.weight * loss}
+        return {"sparsity/cost": self.weight * loss}
 
 
 @dataclass(frozen=True, kw_only=True)

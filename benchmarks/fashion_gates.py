@@ -1,0 +1,178 @@
+"""Gates on real data: Fashion-MNIST, a ResNet-20 trained here, converted, fine-tuned to a target cost and tested.
+
+`python -m benchmarks.fashion_gates --strategy layer_skip --out fashion_gates.json` trains the static model (once:
+its weights are kept in `--cache`), and for each seed converts it, fine-tunes it to `--target-cost` and measures the
+untouched test set: accuracy against the static model, cost counted by the decisions taken, and how often each gate
+was open. A seed that was stopped goes on where it was.
+
+Protocol:
+- The static model is that of the demo: trained on 55,000 augmented images; 5,000 are held out, 10,000 are the test set,
+  which is looked at once, after training.
+- Nothing is chosen by the test set; the last weights are kept, gates decide as they come out of training (no bias).
+- All figures are of evaluation: hard decisions, batch norm statistics of the samples that reach each norm.
+"""
+
+import argparse
+import contextlib
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import dyncompile as dc
+from benchmarks import harness
+from benchmarks.cases import torchvision
+from benchmarks.harness import Report, Table, Target
+from dyncompile.demo.datasets import Images, load
+from dyncompile.demo.models import ResNet
+from dyncompile.demo.train import Augmented, Schedule, accuracy, train
+from dyncompile.training.gating import activation_rates
+
+DROP = 0.01
+NEVER = 0.005
+"""A gate is dead below this rate, and always open above 1 minus it."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--strategy", default="layer_skip", help="a pass, or several joined by +")
+    parser.add_argument("--target-cost", type=float, default=0.6)
+    parser.add_argument("--width", type=int, default=16, help="channels of the first stage")
+    parser.add_argument("--epochs", type=int, default=8, help="of fine-tuning")
+    parser.add_argument("--static-epochs", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=5e-3)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--data", default="fashion-mnist")
+    parser.add_argument("--samples", type=int, help="train on so many, to see whether everything runs")
+    parser.add_argument("--cache", type=Path, default=Path("fashion-gates"), help="static weights, stopped runs")
+    parser.add_argument("--out", type=Path, default=Path("fashion_gates.json"), help="JSON; Markdown goes beside it")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with contextlib.suppress(ImportError):
+        torchvision()  # which Lightning imports where it is there, even if it does not fit the installed torch
+    images = load(options.data)
+    if options.samples:
+        images = _shortened(images, options.samples)
+    options.cache.mkdir(parents=True, exist_ok=True)
+    static = static_model(images, options.width, options.static_epochs, options.cache)
+    test, labels = images.test.tensors
+    with torch.no_grad():
+        reference = accuracy(static, test, labels, batch_size=250)
+    report = Report(
+        command=f"python -m benchmarks.fashion_gates {shlex.join(sys.argv[1:])}".strip(),
+        machine=harness.machine("cpu"),
+        settings={
+            "model": f"ResNet-20, width {options.width}, static accuracy {reference:.4f}",
+            "data": f"{images.name}: {len(images.train)} to train, {len(images.test)} to test",
+            "fine-tuning": f"{options.epochs} epochs, lr {options.lr}, target cost {options.target_cost}",
+        },
+    )
+    found = [one_seed(static, images, options, seed) for seed in range(options.seeds)]
+    summarise(report, options.strategy, options.target_cost, reference, found)
+    report.write(options.out)
+    print(report.markdown())
+
+
+def static_model(images: Images, width: int, epochs: int, cache: Path) -> nn.Module:
+    """The static model, trained, or as it was kept."""
+    path = cache / f"resnet20-{width}.safetensors"
+    torch.manual_seed(0)
+    model = ResNet(20, width=width, classes=len(images.classes), in_channels=images.shape[0])
+    if path.exists():
+        model.load_state_dict(load_file(path))
+        return model.eval()
+    schedule = Schedule(epochs=epochs, batch_size=128, learning_rate=0.1, autocast=_bfloat16())
+    train(model, images, schedule, seed=0)
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
+    return model
+
+
+def one_seed(static: nn.Module, images: Images, options: argparse.Namespace, seed: int) -> dict[str, object]:
+    """Convert, fine-tune and test."""
+    torch.manual_seed(seed)
+    strategy = options.strategy.split("+")
+    dyn = dc.dynamize(
+        static, strategy if len(strategy) > 1 else strategy[0], example_inputs=images.train.tensors[0][:2]
+    )
+    dyn.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    start = time.perf_counter()
+    result = dc.finetune(
+        dyn,
+        Augmented(images.train, mirror=images.mirror),
+        images.calibration,
+        epochs=options.epochs,
+        mode="joint",
+        target_cost=options.target_cost,
+        lr=options.lr,
+        batch_size=128,
+        precision="bf16-mixed" if _bfloat16() else "32-true",
+        directory=options.cache / f"{options.strategy}-{options.width}-{options.target_cost}-{options.epochs}-{seed}",
+        resume=True,
+        seed=seed,
+        progress=False,
+        accelerator="cpu",
+    )
+    print(result, flush=True)
+    return {"seed": seed, "seconds": time.perf_counter() - start, **tested(dyn.eval(), *images.test.tensors)}
+
+
+@torch.no_grad()
+def tested(dyn: dc.DynamicModule, inputs: Tensor, labels: Tensor) -> dict[str, object]:
+    """Accuracy, counted cost and rates on labelled inputs, with hard decisions."""
+    hits, cost = 0, 0.0
+    rates: dict[str, float] = {}
+    for x, y in zip(inputs.split(250), labels.split(250), strict=True):
+        trace = dyn.trace(x)
+        hits += int((trace.output.argmax(1) == y).sum())
+        cost += float(trace.cost.sum())
+        for name, rate in activation_rates(trace).items():
+            rates[name] = rates.get(name, 0.0) + float(rate) * len(y) / len(labels)
+    return {"accuracy": hits / len(labels), "cost": cost / len(labels), "rates": rates}
+
+
+def summarise(report: Report, strategy: str, target: float, reference: float, found: list[dict]) -> None:  # type: ignore[type-arg]
+    """A table of the seeds, one of the gates, and the targets."""
+    table = Table(
+        title=f"{strategy}: test set",
+        columns=["seed", "accuracy", "against static, points", "cost", "least used", "most used", "seconds"],
+        rows=[],
+        note="Cost: FLOPs counted by the decisions taken, 1.0 = the static model; gates included.",
+    )
+    gates = Table(title=f"{strategy}: share of the test set for which each gate is open", columns=["gate"], rows=[])
+    for run in found:
+        rates = run["rates"]
+        drop = run["accuracy"] - reference
+        spread = [min(rates.values()), max(rates.values())]
+        table.rows.append([run["seed"], run["accuracy"], 100 * drop, run["cost"], *spread, round(run["seconds"])])
+        what = f"{strategy}, seed {run['seed']}"
+        report.targets += [
+            Target(what=f"{what}: cost", found=run["cost"], bound=target),
+            Target(what=f"{what}: accuracy lost", found=-drop, bound=DROP),
+            Target(what=f"{what}: no gate never open", found=spread[0], bound=NEVER, at_least=True),
+            Target(what=f"{what}: no gate always open", found=spread[1], bound=1 - NEVER),
+        ]
+    gates.columns += [f"seed {run['seed']}" for run in found]
+    gates.rows = [[name, *(run["rates"][name] for run in found)] for name in found[0]["rates"]]
+    report.tables += [table, gates]
+
+
+def _shortened(images: Images, samples: int) -> Images:
+    import dataclasses
+
+    from torch.utils.data import TensorDataset
+
+    kept = TensorDataset(*(tensor[:samples] for tensor in images.train.tensors))
+    return dataclasses.replace(images, train=kept)
+
+
+def _bfloat16() -> bool:
+    """Whether the processor multiplies in bfloat16."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""What gates are trained for: how often they are open, and how decided; guards against dead and always-open ones."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from scipy.special import betainc, betaln
+from torch import Tensor
+
+from dyncompile.data import Inputs
+from dyncompile.errors import ArgumentError
+from dyncompile.training.losses import widen
+from dyncompile.training.objectives import Objective
+
+if TYPE_CHECKING:
+    from dyncompile.module import Trace
+
+
+@runtime_checkable
+class Aim(Protocol):
+    """What moves as training goes on: `GateSchedule`."""
+
+    @property
+    def rate(self) -> float:
+        """How often gates are to be open at present, in (0, 1]."""
+
+
+Rates = float | Mapping[str, float] | Aim
+
+
+def gate_decisions(trace: "Trace") -> list[str]:
+    """Names of the decisions that gates make, in order of execution."""
+    return [name for name, owner in trace.owners.items() if owner in trace.probabilities and name in trace.decisions]
+
+
+def activation(trace: "Trace", name: str) -> Tensor:
+    """How far a decision is open, `[N]` or `[N, r]` in [0, 1]: of a route the relative level of its arm.
+
+    Arm k of K has level k / (K - 1), or its expectation in training; differentiable there.
+    """
+    decision = trace.decisions[name]
+    if name not in trace.routes:
+        return widen(decision) if decision.is_floating_point() else decision.float()
+    highest = trace.routes[name] - 1
+    if not decision.is_floating_point():
+        return decision / highest
+    return widen(decision) @ torch.linspace(0, 1, highest + 1, device=decision.device)
+
+
+def activation_rates(trace: "Trace") -> dict[str, Tensor]:
+    """Mean activation of each gate's decision over a batch, scalars in [0, 1]; see `activation`."""
+    return {name: activation(trace, name).mean() for name in gate_decisions(trace)}
+
+
+def gate_probabilities(trace: "Trace") -> dict[str, Tensor]:
+    """The probability behind each gate's decision: `[N]` or `[N, r]` that it is open, for a route `[..., K]`.
+
+    A gate that makes D decisions gives their probabilities in its last dim (the one before K for routes), in the order
+    in which the decisions are carried out.
+    """
+    found = {}
+    owned: dict[str, list[str]] = {}
+    for name in gate_decisions(trace):
+        owned.setdefault(trace.owners[name], []).append(name)
+    for owner, names in owned.items():
+        p = widen(trace.probabilities[owner])
+        for i, name in enumerate(names):
+            found[name] = p if len(names) == 1 else p.select(-2 if name in trace.routes else -1, i)
+    return {name: found[name] for name in gate_decisions(trace)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationRate(Objective):
+    """Each gate is open as often as it is told: `weight * mean_g (rate_g - target_g)^2`.
+
+    `rate_g` is the mean activation over the batch (ConvNet-AIG, arXiv 1711.11503, which sums over the gates; the mean
+    keeps the weight apart from their number). Of a route it is the expected relative level, k / (K - 1) for arm k.
+
+    Args:
+        target: The rate, for all gates or by the names of decisions (those left out are free), in [0, 1]; or what
+            moves it, a `GateSchedule`.
+        weight: Factor, above 0.
+
+    Raises:
+        ArgumentError: A target is outside [0, 1] or given for a decision that no gate makes; weight is not above 0.
+    """
+
+    target: Rates
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_rates(self.target)
+        _check_positive(weight=self.weight)
+
+    def parts(
+        self,
+        trace: "Trace",
+        targets: Tensor,  # noqa: ARG002
+        inputs: Inputs | None = None,  # noqa: ARG002
+    ) -> dict[str, Tensor]:
+        """See `Objective.parts`."""
+        rates = activation_rates(trace)
+        apart = [(rates[name] - target) ** 2 for name, target in _aimed(self.target, list(rates)).items()]
+        return {"sparsity/rate": self.weight * _mean(apart, trace)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchShaping(Objective):
+    """The probabilities of each gate follow a prior over the batch (arXiv 1907.06627).
+
+    `weight * mean_g sum_i (i / (N + 1) - F_g(p_(i)))^2 / N`, the Cramer-von-Mises distance of the sorted probabilities
+    of gate g in the batch to a Beta distribution with the CDF F_g. Its mean is the target rate; with a concentration
+    below 2 it is low in the middle, so gates come to be open for some samples and closed for others, and a dead or an
+    always-open gate is far from it. The arms of a route have a prior each, whose means are the distribution of highest
+    entropy with the mean level of the target.
+
+    Args:
+        target: Mean of the prior: how often a gate is open; as in `ActivationRate`, inside (0, 1).
+        concentration: a + b of Beta(a, b), above 0; 1 is the paper's.
+        weight: Factor, above 0.
+
+    Raises:
+        ArgumentError: A target is outside (0, 1) or given for a decision that no gate makes; concentration or weight
+            are not above 0.
+    """
+
+    target: Rates = 0.6
+    concentration: float = 1.0
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_rates(self.target, inside=True)
+        _check_positive(weight=self.weight, concentration=self.concentration)
+
+    def parts(
+        self,
+        trace: "Trace",
+        targets: Tensor,  # noqa: ARG002
+        inputs: Inputs | None = None,  # noqa: ARG002
+    ) -> dict[str, Tensor]:
+        """See `Objective.parts`."""
+        probabilities = gate_probabilities(trace)
+        apart = []
+        for name, rate in _aimed(self.target, list(probabilities)).items():
+            p = probabilities[name]
+            # The prior of an aim at 1 would be a point.
+            bounded = min(max(rate, 0.01), 0.99)
+            if name in trace.routes:
+                apart.append(self._distance(p.flatten(0, -2), arm_shares(trace.routes[name], bounded)))
+            else:
+                apart.append(self._distance(p.reshape(-1, 1), [bounded]))
+        return {"sparsity/shape": self.weight * _mean(apart, trace)}
+
+    def _distance(self, p: Tensor, means: list[float]) -> Tensor:
+        """Of `[M, C]` probabilities to the priors of their columns, averaged."""
+        ordered = p.sort(0).values.clamp(1e-6, 1 - 1e-6)
+        mean = torch.tensor(means, dtype=torch.float64)
+        cdf: Tensor = _BetaCDF.apply(  # type: ignore[no-untyped-call]
+            ordered, mean * self.concentration, (1 - mean) * self.concentration
+        )
+        count = len(ordered)
+        even = torch.arange(1, count + 1, device=p.device) / (count + 1)
+        return ((even[:, None] - cdf) ** 2).mean()
+
+
+def arm_shares(arms: int, level: float) -> list[float]:
+    """How often each arm of a route is taken at a mean relative level, by the distribution of highest entropy.
+
+    Args:
+        arms: K.
+        level: In (0, 1).
+
+    >>> [round(share, 3) for share in arm_shares(3, 0.5)]
+    [0.333, 0.333, 0.333]
+    >>> [round(share, 3) for share in arm_shares(2, 0.7)]
+    [0.3, 0.7]
+    """
+    levels = np.linspace(0, 1, arms)
+    low, high = -1e3, 1e3
+    for _ in range(200):
+        middle = (low + high) / 2
+        weights = np.exp(middle * levels - max(middle, 0.0))
+        shares = weights / weights.sum()
+        low, high = (middle, high) if float(shares @ levels) < level else (low, middle)
+    return [float(share) for share in shares]
+
+
+class _BetaCDF(torch.autograd.Function):
+    """The regularised incomplete beta function I_p(a, b); differentiable in p."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """Of p `[M, C]` in (0, 1), with a and b `[C]` float64 on the CPU."""
+        ctx.save_for_backward(p, a, b)
+        found = betainc(a.numpy(), b.numpy(), p.detach().double().cpu().numpy())
+        return torch.from_numpy(found).to(p)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """The density."""
+        p, a, b = ctx.saved_tensors
+        scale = torch.from_numpy(np.atleast_1d(betaln(a.numpy(), b.numpy()))).to(p)
+        a, b = a.to(p), b.to(p)
+        return gradients[0] * torch.exp((a - 1) * p.log() + (b - 1) * torch.log1p(-p) - scale), None, None
+
+
+def _mean(values: list[Tensor], trace: "Trace") -> Tensor:
+    """0 for a model without gates."""
+    return torch.stack(values).mean() if values else trace.final.new_zeros((), dtype=torch.float32)
+
+
+def _aimed(target: Rates, names: list[str]) -> dict[str, float]:
+    """The target of each decision that has one."""
+    if isinstance(target, Mapping):
+        if unknown := [name for name in target if name not in names]:
+            raise ArgumentError("target", found=unknown, expected=f"decisions of gates, out of {names}")
+        return dict(target)
+    return dict.fromkeys(names, target.rate if isinstance(target, Aim) else target)
+
+
+def _check_rates(target: Rates, *, inside: bool = False) -> None:
+    if isinstance(target, Aim):
+        return
+    for rate in target.values() if isinstance(target, Mapping) else [target]:
+        fits = 0 < rate < 1 if inside else 0 <= rate <= 1
+        if not fits:
+            raise ArgumentError("target", found=rate, expected=f"a rate in {'(0, 1)' if inside else '[0, 1]'}")
+
+
+def _check_positive(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise ArgumentError(name, found=value, expected="a number above 0")

@@ -220,7 +220,7 @@ def test_shared_norms(converted):
 
 @pytest.mark.parametrize("name", widening.MODELS)
 def test_gradient_reaches_every_arm(converted, name):
-    _, dyn, inputs = converted(name)
+    _, dyn, inputs = converted(name, hidden=8)
     dyn.train()
     for gate in dyn.gates.values():
         gate.estimator.hard = False

@@ -200,9 +200,9 @@ def test_recurrent_gates_share_one_cell_whose_state_passes_every_gate(device):
         """By hand: the state is updated at every gate, whether the branch runs or not."""
         h, state, found = model[0](x), None, []
         for i in range(3):
-            policy = dyn.gates[f"gate{i}"].policy
-            state = core.cell(policy.project(policy.norm(h)), state)
-            found.append(core.outer(state[0]).squeeze(1))
+            gate = dyn.gates[f"gate{i}"]
+            state = core.cell(gate.policy.project(gate.policy.norm(h)), state)
+            found.append(gate.settle(core.outer(state[0]).squeeze(1)))
             h = torch.where(kept[i][:, None], model[i + 1](h), h)
         return torch.stack(found)
 

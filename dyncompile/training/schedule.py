@@ -167,6 +167,7 @@ class GateSchedule:
         after = 1.0 if progress >= 1 else max(0.0, progress - self.warmup) / (1 - self.warmup or 1.0)
         for gate in self.gates.values():
             gate.enabled.fill_(self.enabled)
+            gate.aim(self.rate)
             gate.estimator.anneal(after)
 
     @contextlib.contextmanager

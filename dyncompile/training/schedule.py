@@ -65,8 +65,8 @@ class GateSchedule:
         settled: Share of training after which the target stays.
         cost_weight: Of (cost - target)^2, with the cost averaged over the batch.
         guard_weight: Of `MinimumUsage`; 0 leaves it out.
-        shape_weight: Of `BatchShaping`, where each gate keeps its own rate: gates come to be decided, and evaluation,
-            which draws nothing, does what training did. 0 leaves it out.
+        shape_weight: Of `BatchShaping`, where each gate keeps its own rate: gates become decided, so that evaluation
+            without draws does what training did. 0 leaves it out.
 
     Raises:
         ArgumentError: The model has no gates, the target cannot be reached, the shares are not in order, or a weight

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import dyncompile as dc
 from dyncompile.errors import ArgumentError
 from dyncompile.module import Trace
-from dyncompile.training import ActivationRate, BatchShaping, ExpectedCost, MultiExit, PolicyGradient
+from dyncompile.training import ActivationRate, BatchShaping, ExpectedCost, MinimumUsage, MultiExit, PolicyGradient
 from dyncompile.training.gating import activation_rates, arm_shares, gate_probabilities
 from dyncompile.training.policy import log_probability
 
@@ -175,6 +175,50 @@ def test_batch_shaping_revives_dead_and_always_open_gates(start, routes):
         assert ((p < 0.2) | (p > 0.8)).float().mean() > 0.5  # decided, one way and the other
 
 
+def test_minimum_usage_is_the_formula(several):
+    parts = []
+    for name, p in gate_probabilities(several).items():
+        columns = p.detach().reshape(-1, 3).T if name == "level" else [p.detach().flatten(), 1 - p.detach().flatten()]
+        for column in columns:
+            top = column.sort(descending=True).values[: math.ceil(0.25 * len(column))]
+            parts.append((name, (math.log(0.6) - top.log()).clamp(min=0).mean().item()))
+    gates = {name for name, _ in parts}
+    expected = np.mean([np.mean([v for n, v in parts if n == name]) for name in gates])
+    assert MinimumUsage(share=0.25, weight=2.0)(several, LABELS).item() == pytest.approx(2 * expected, rel=1e-5)
+
+
+def test_minimum_usage_binds_at_the_ends_alone():
+    free = torch.tensor([0.9] * 30 + [0.3] * 2, requires_grad=True)
+    loss = MinimumUsage(share=0.05)(traced({"g": free}, {"g": free}, {"g": "g"}), LABELS)
+    assert loss.item() == 0
+    for logit in (-12.0, 12.0):
+        leaf = torch.full((32,), logit).add(torch.linspace(-1, 1, 32)).requires_grad_()
+        p = torch.sigmoid(leaf)
+        MinimumUsage(share=0.05)(traced({"g": p}, {"g": p}, {"g": "g"}), LABELS).backward()
+        moved = leaf.grad.nonzero().flatten().tolist()
+        assert moved == ([30, 31] if logit < 0 else [0, 1])  # those nearest to the other arm
+
+
+@pytest.mark.parametrize("start", [-8.0, 8.0])
+@pytest.mark.parametrize("routes", [0, 3])
+def test_minimum_usage_revives_dead_and_always_open_gates(start, routes):
+    torch.manual_seed(0)
+    x = torch.randn(256, 6)
+    gate = nn.Linear(6, routes or 1)
+    with torch.no_grad():
+        gate.bias.copy_(torch.linspace(-start, start, routes) if routes else torch.tensor([start]))
+    optimizer = torch.optim.Adam(gate.parameters(), lr=0.05)
+    for _ in range(300):
+        p = torch.softmax(gate(x), -1) if routes else torch.sigmoid(gate(x)[:, 0])
+        trace = traced({"g": p}, {"g": p}, {"g": "g"}, {"g": routes} if routes else {})
+        optimizer.zero_grad()
+        MinimumUsage(share=0.1)(trace, LABELS).backward()
+        optimizer.step()
+    arms = p.argmax(-1) if routes else (p > 0.5).long()
+    shares = F.one_hot(arms, routes or 2).float().mean(0)
+    assert shares.min() > 0.08
+
+
 @pytest.mark.parametrize("level", [0.02, 0.3, 0.5, 0.98])
 def test_shares_of_arms_have_the_level_and_the_highest_entropy(level):
     shares = np.array(arm_shares(4, level))
@@ -191,7 +235,7 @@ def test_shares_of_arms_have_the_level_and_the_highest_entropy(level):
 def test_half_precision_and_empty_rows(device):
     p = torch.rand(N, device=device).bfloat16().requires_grad_()
     trace = traced({"g": p}, {"g": p}, {"g": "g"}, final=torch.zeros(N, K, device=device))
-    loss = (ActivationRate(target=0.5) + BatchShaping(target=0.5))(trace, LABELS.to(device))
+    loss = (ActivationRate(target=0.5) + BatchShaping(target=0.5) + MinimumUsage())(trace, LABELS.to(device))
     loss.backward()
     assert loss.dtype == torch.float32
     assert p.grad.isfinite().all()
@@ -202,7 +246,7 @@ def test_half_precision_and_empty_rows(device):
 
 def test_without_gates_there_is_nothing_to_shape():
     trace = traced({}, {}, {}, final=torch.zeros(N, K, requires_grad=True))
-    assert (ActivationRate(target=0.5) + BatchShaping())(trace, LABELS).item() == 0
+    assert (ActivationRate(target=0.5) + BatchShaping() + MinimumUsage())(trace, LABELS).item() == 0
 
 
 @pytest.mark.parametrize(
@@ -212,6 +256,7 @@ def test_without_gates_there_is_nothing_to_shape():
         (lambda: ActivationRate(target=0.5, weight=0), "`weight`: found 0"),
         (lambda: BatchShaping(target={"a": 1.0}), r"`target`: found 1.0; expected a rate in \(0, 1\)"),
         (lambda: BatchShaping(target=(0.9, 0.1)), r"`target`: found \(0.9, 0.1\); expected an interval"),
+        (lambda: MinimumUsage(share=0.6), r"`share`: found 0.6; expected a share in \(0, 0.5\]"),
         (lambda: BatchShaping(concentration=0), "`concentration`: found 0"),
     ],
 )

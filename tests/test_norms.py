@@ -84,6 +84,21 @@ def test_a_norm_behind_a_gate_has_the_statistics_of_the_samples_let_in(dyn, devi
     assert (by_hand(others.cpu())[0] - statistics(block.norm)[0]).abs().max() > 0.05  # it makes a difference
 
 
+def test_all_samples_may_count_behind_the_decisions_of_evaluation(dyn, device):
+    stem, first, second = (dyn.get_submodule(str(i)) for i in range(3))
+    gated(dyn, 0.0, 0.4)
+    assert recalibrate_norms(dyn, (X, Y), batch_size=50, reaching=False) == {"1.norm": 50, "2.norm": 50}
+    with torch.no_grad():
+        x = stem(X.to(device))
+        inner = first.conv(x)
+        mean, var = inner.mean((0, 2, 3)), inner.var((0, 2, 3), unbiased=False)
+        normal = (inner - mean[:, None, None]) / (var[:, None, None] + first.norm.eps).sqrt()
+        kept = x.mean((1, 2, 3)) > 0.0
+        mixed = torch.where(kept[:, None, None, None], x + normal.relu(), x)
+    assert_statistics(first.norm, inner)
+    assert_statistics(second.norm, second.conv(mixed))
+
+
 def test_the_next_norm_sees_what_the_first_made_of_it(dyn, device):
     """In one batch: both norms in turn, each with its own samples, the second behind the first's select."""
     stem, first, second = (dyn.get_submodule(str(i)) for i in range(3))

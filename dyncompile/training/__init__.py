@@ -1,7 +1,7 @@
 """Objectives and fine-tuning of dynamic models."""
 
 from dyncompile.training.finetuning import TrainingResult, finetune
-from dyncompile.training.gating import ActivationRate, BatchShaping
+from dyncompile.training.gating import ActivationRate, BatchShaping, MinimumUsage
 from dyncompile.training.norms import recalibrate_norms
 from dyncompile.training.objectives import (
     Distillation,
@@ -20,6 +20,7 @@ __all__ = [
     "ExpectedCost",
     "GateSchedule",
     "LearnedConfidence",
+    "MinimumUsage",
     "MultiExit",
     "Objective",
     "PolicyGradient",

@@ -184,6 +184,46 @@ class BatchShaping(Objective):
         return ((even[:, None] - cdf) ** 2).mean()
 
 
+@dataclass(frozen=True, kw_only=True)
+class MinimumUsage(Objective):
+    """Every gate is open for some samples and closed for others: a guard that only binds at the ends.
+
+    `weight * mean_g mean_k mean_{n in top} relu(log 0.6 - log p_k(n))`, where p_k is the probability of arm k of gate g
+    (open, closed; the arms of a route) and top are the samples of the batch, a share of them, for which it is highest:
+    those that the gate itself would choose. Where their probability is above 0.6, so that evaluation takes the arm,
+    nothing is left to pay; the gradient does not vanish as p_k goes to 0, so that a gate comes back from either end.
+
+    Args:
+        share: Of a batch that is to take each arm, in (0, 0.5].
+        weight: Factor, above 0.
+
+    Raises:
+        ArgumentError: The share is outside (0, 0.5], or weight is not above 0.
+    """
+
+    share: float = 0.05
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 0.5:
+            raise ArgumentError("share", found=self.share, expected="a share in (0, 0.5]")
+        _check_positive(weight=self.weight)
+
+    def parts(
+        self,
+        trace: "Trace",
+        targets: Tensor,  # noqa: ARG002
+        inputs: Inputs | None = None,  # noqa: ARG002
+    ) -> dict[str, Tensor]:
+        """See `Objective.parts`."""
+        short = []
+        for name, p in gate_probabilities(trace).items():
+            arms = p.flatten(0, -2) if name in trace.routes else torch.stack([p, 1 - p], -1).flatten(0, -2)
+            top = arms.topk(math.ceil(self.share * len(arms)), 0).values
+            short.append((math.log(0.6) - top.clamp(min=1e-12).log()).relu().mean())
+        return {"sparsity/usage": self.weight * _mean(short, trace)}
+
+
 def arm_shares(arms: int, level: float) -> list[float]:
     """How often each arm of a route is taken at a mean relative level, by the distribution of highest entropy.
 

@@ -19,13 +19,9 @@ from dyncompile.errors import ArgumentError
 from dyncompile.module import DynamicModule
 from dyncompile.training.gating import activation_rates
 from dyncompile.training.losses import score, widen
-from dyncompile.training.norms import recalibrate_norms
 from dyncompile.training.objectives import Objective
 from dyncompile.training.parts import Mode, parameter_groups, set_training
 from dyncompile.training.schedule import GateSchedule
-
-_RECALIBRATION = 4096
-"""Samples, at most, that batch norm statistics are estimated from at the end of an epoch."""
 
 
 class FineTuning(LightningModule):
@@ -126,16 +122,6 @@ class FineTuning(LightningModule):
             progress: Any = self.trainer.fit_loop.epoch_progress.current
             done = progress.processed + batch_idx / self.trainer.num_training_batches
             self.schedule.update(done / (self.trainer.max_epochs or 1))
-
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
-        """After an epoch, let norms behind gates see what they will see, before that is measured and saved."""
-        enabled = any(bool(gate.get_buffer("enabled")) for gate in self.dyn.gates.values())
-        if self.mode == "joint" and enabled and self.trainer.is_last_batch:
-            # Every process reads the same samples.
-            loader = self.train_loader()
-            self._reseed(batch_idx)
-            batches = max(1, _RECALIBRATION // len(batch[1]))
-            recalibrate_norms(self.dyn, loader, batches=batches, argument="train_data")
 
     def on_validation_start(self) -> None:
         """Judge every epoch by the target of the end."""

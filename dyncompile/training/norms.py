@@ -17,7 +17,12 @@ from dyncompile.training.policy import evaluating
 
 
 def recalibrate_norms(
-    dyn: DynamicModule, data: Any, *, batch_size: int = 128, batches: int | None = None, argument: str = "data"
+    dyn: DynamicModule,
+    data: Any,
+    *,
+    reaching: bool = True,
+    batch_size: int = 128,
+    batches: int | None = None,
 ) -> dict[str, int]:
     """Estimate the running statistics of batch norms anew, from the decisions of evaluation.
 
@@ -28,12 +33,17 @@ def recalibrate_norms(
     ("precise batch norm", arXiv 2105.07576, section 3). A norm that fewer than two values of a batch reach is run with
     the statistics it has, and one that no sample reaches keeps them.
 
+    `finetune` does not do this by itself: joint training normalises by all samples, and the layers behind a norm have
+    learned for that, so its own running statistics are the right ones as they are, and those of the samples let in
+    would shift what the layers read. With `reaching=False` the statistics are of all samples as well, but behind the
+    decisions of evaluation: for gates whose decisions were changed after training.
+
     Args:
         dyn: A dynamic model; afterwards in the modes in which it was.
         data: What `dyncompile.data.as_loader` takes; the labels are not read.
+        reaching: Whether a norm counts the samples that reach it alone, or all.
         batch_size: Samples per batch, for data that is not a DataLoader. Larger is more exact.
         batches: How many to read; None: all.
-        argument: How errors name `data`.
 
     Returns:
         For each norm, by the path of its module, how many samples (or rows of samples) reached it.
@@ -41,12 +51,12 @@ def recalibrate_norms(
     Raises:
         DataError: See `as_loader`.
     """
-    loader = as_loader(data, batch_size=batch_size, batch_dims=dyn.recipe.batch_dims, argument=argument)
+    loader = as_loader(data, batch_size=batch_size, batch_dims=dyn.recipe.batch_dims)
     norms = {module: path for path, module in dyn.named_modules() if _estimates(module)}
     device = next(dyn.parameters()).device
     with evaluating(dyn), torch.no_grad():
         seen = {norm: _Moments(norm) for norm in norms}
-        running = _Masked(dyn, seen)
+        running = _Masked(dyn, seen, reaching=reaching)
         with running.watching():
             for inputs, _ in itertools.islice(loader, batches):
                 moved = tree_map_only(Tensor, lambda t: t.to(device), inputs)
@@ -74,10 +84,10 @@ Guard = list[tuple[fx.Node, int]]
 class _Masked(fx.Interpreter):
     """Runs a dynamic model and knows at every node which samples need it."""
 
-    def __init__(self, dyn: DynamicModule, seen: "dict[nn.Module, _Moments]") -> None:
+    def __init__(self, dyn: DynamicModule, seen: "dict[nn.Module, _Moments]", *, reaching: bool) -> None:
         graph, guards = _decided_first(dyn.graph.fx)
         super().__init__(dyn, graph=graph)
-        self.guards = guards
+        self.guards = guards if reaching else {}
         self.seen = seen
         self.guard: Guard = []
         # Kept here, since guards need them after their last use in the graph.

@@ -16,7 +16,7 @@ from dyncompile.errors import ArgumentError
 from dyncompile.module import DynamicModule, decision_owners, decision_routes
 from dyncompile.nn import Gate
 from dyncompile.nn.estimators import Reinforce
-from dyncompile.training.gating import BatchShaping, Rates, arm_shares
+from dyncompile.training.gating import BatchShaping, MinimumUsage, arm_shares
 from dyncompile.training.objectives import Objective
 from dyncompile.training.policy import PolicyGradient, full_depth_cost
 
@@ -64,8 +64,9 @@ class GateSchedule:
         warmup: Share of training in which gates are open.
         settled: Share of training after which the target stays.
         cost_weight: Of (cost - target)^2, with the cost averaged over the batch.
-        guard: Target of `BatchShaping`: between which rates a gate is left to itself, or one rate for all.
-        guard_weight: Of `BatchShaping`; 0 leaves it out.
+        guard_weight: Of `MinimumUsage`; 0 leaves it out.
+        shape_weight: Of `BatchShaping`, where each gate keeps its own rate: gates become decided, so that evaluation
+            without draws does what training did. 0 leaves it out.
 
     Raises:
         ArgumentError: The model has no gates, the target cannot be reached, the shares are not in order, or a weight
@@ -80,8 +81,8 @@ class GateSchedule:
         warmup: float = 0.1,
         settled: float = 0.5,
         cost_weight: float = 100.0,
-        guard: Rates | tuple[float, float] = (0.15, 0.85),
-        guard_weight: float = 20.0,
+        guard_weight: float = 1.0,
+        shape_weight: float = 5.0,
     ) -> None:
         self.dyn = dyn
         self.gates = {name: gate for name, gate in dyn.gates.items() if isinstance(gate, Gate)}
@@ -89,7 +90,11 @@ class GateSchedule:
             raise ArgumentError("target_cost", found=f"{target_cost} for a model without gates", expected="None")
         if not 0 <= warmup <= settled <= 1:
             raise ArgumentError("warmup", found=(warmup, settled), expected="0 <= warmup <= settled <= 1")
-        for name, weight in (("cost_weight", cost_weight), ("guard_weight", guard_weight)):
+        for name, weight in (
+            ("cost_weight", cost_weight),
+            ("guard_weight", guard_weight),
+            ("shape_weight", shape_weight),
+        ):
             if not weight >= 0:
                 raise ArgumentError(name, found=weight, expected="a weight that is not negative")
         self.target_cost = target_cost
@@ -111,7 +116,9 @@ class GateSchedule:
         self._drawn = [name for name, owner in owners.items() if self._is_drawn(owner)]
         self.objective: Objective = GateCost(schedule=self, costs=self._costs, weight=cost_weight)
         if guard_weight:
-            self.objective += BatchShaping(target=guard, weight=guard_weight)
+            self.objective += MinimumUsage(weight=guard_weight)
+        if shape_weight:
+            self.objective += BatchShaping(weight=shape_weight)
         if self._drawn:
             # The cost is seen to without draws.
             self.objective += PolicyGradient(model=dyn, target=self, strength=0.0)

@@ -30,6 +30,7 @@ class Residual(nn.Module):
             nn.BatchNorm2d(width),
             nn.ReLU(inplace=True),
             nn.Dropout(0.1),
+            nn.Conv2d(width, width, 3, padding=1),
         )
 
     def forward(self, x):
@@ -77,6 +78,10 @@ REFUSED = {
     ("layer_skip", "steps"): "the graph offers none",
     ("block_policy", "vectors"): "the graph offers none",
     ("block_policy", "steps"): "the graph offers none",
+    ("channel_gate", "steps"): "fc: its channels are an output of the model",
+    ("frame_skip", "images"): "the graph offers none",
+    ("frame_skip", "text"): "the graph offers none",
+    ("frame_skip", "vectors"): "the graph offers none",
     ("neuron_gate", "images"): "the graph offers none",
     ("neuron_gate", "steps"): "the graph offers none",
 }

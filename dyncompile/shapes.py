@@ -117,8 +117,11 @@ class _Probe(fx.Interpreter):
         self.count = count
         self.flops: dict[fx.Node, float] = {}
         self.values: dict[fx.Node, Any] = {}
+        self.needed = _needed(graph)
 
     def run_node(self, n: fx.Node) -> Any:
+        if n not in self.needed:
+            return None
         self.values[n] = self._known(n) if "flops" in n.meta else self._found(n)
         return self.values[n]
 
@@ -144,6 +147,16 @@ class _Probe(fx.Interpreter):
             recurrent = _recurrent_flops(self.fetch_attr(str(n.target)), args, value)
             self.flops[n] = self.flops[n] if recurrent is None else recurrent
         return value
+
+
+def _needed(graph: fx.Graph) -> set[fx.Node]:
+    """The new nodes, and those whose values they are found from; the inputs, which an interpreter counts off."""
+    needed = {node for node in graph.nodes if node.op == "placeholder"}
+    for node in reversed(graph.nodes):
+        new = "flops" not in node.meta
+        if new or (node in needed and None in pytree.tree_leaves(node.meta["spec"])):
+            needed.update((node, *node.all_input_nodes))
+    return needed
 
 
 def flop_counter() -> FlopCounterMode:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dyncompile.demand import decision_name
+from dyncompile.demand import conjunctions, stands_in
 from dyncompile.errors import ArgumentError
 from dyncompile.lowering.lowered import LoweredModule
-from dyncompile.module import DynamicModule, decision_routes
-from dyncompile.ops import decision_of, is_select
+from dyncompile.module import DynamicModule, decision_nodes, decision_routes
+from dyncompile.nn import Gate
 from dyncompile.shapes import spec
 
 Share = float | Sequence[float] | Tensor
@@ -30,7 +30,8 @@ def forced(model: DynamicModule | LoweredModule, shares: Shares, *, seed: int = 
             each route the shares of its K arms, which sum to 1; or, in input order, a mask `[N]` bool, for a route the
             arms `[N]` int64. Where a sample owns r rows (tokens, frames) shares are of all rows, and a mask or arms are
             `[N, r]`, or `[N]` for all rows of a sample alike. A sequence in place of the mapping gives the exits'
-            shares in order. Decisions that are not named are left as they are; exits must be enabled to be forced in a
+            shares in order. Decisions that are not named are left as they are, but one that says whether all of several
+            others are on follows those of them that are forced. Exits and gates must be enabled to be forced in a
             lowered model.
         seed: Which samples are drawn; the same seed draws the same samples for the same batch size.
 
@@ -76,17 +77,18 @@ def forced(model: DynamicModule | LoweredModule, shares: Shares, *, seed: int = 
 
 @dataclasses.dataclass(frozen=True)
 class _Kind:
-    """What a decision decides: about how many rows a sample, and between how many arms (0: yes or no)."""
+    """Of a decision: its rows a sample, its arms (0: yes or no), and the decisions that it is the conjunction of."""
 
     rows: int
     arms: int
+    parts: tuple[str, ...]
 
 
 def _kinds(dyn: DynamicModule) -> dict[str, _Kind]:
     routes = decision_routes(dyn.graph.fx)
-    selects = [node for node in dyn.graph.fx.nodes if is_select(node)]
-    found = {decision_name(decision_of(node)): spec(decision_of(node)).rows for node in selects}
-    return {name: _Kind(found.get(name, 1), routes.get(name, 0)) for name in (*dyn.exits, *found)}
+    found = {name: spec(node).rows for name, node in decision_nodes(dyn.graph.fx).items()}
+    parts = conjunctions(dyn.graph.fx)
+    return {name: _Kind(found.get(name, 1), routes.get(name, 0), parts.get(name, ())) for name in (*dyn.exits, *found)}
 
 
 class _Draw:
@@ -100,8 +102,18 @@ class _Draw:
         self.drawn: dict[tuple[str, int, torch.device], Tensor] = {}
 
     def __call__(self, name: str, value: Tensor, index: Tensor | None, total: int) -> Tensor:
-        if name not in self.shares:
-            return value
+        if name in self.shares:
+            return self._forced(name, value, index, total)
+        parts = self.kinds[name].parts
+        forced = [part for part in parts if part in self.shares]
+        # With all parts forced, what they would have been does not count.
+        value = torch.ones_like(value) if parts and len(forced) == len(parts) else value
+        for part in forced:
+            value = value * self._forced(part, value, index, total)
+        return value
+
+    def _forced(self, name: str, value: Tensor, index: Tensor | None, total: int) -> Tensor:
+        """What a decision is forced to, on the rows and in the dtype of a value."""
         key = (name, total, value.device)
         if key not in self.drawn:
             self.drawn[key] = self._draw(name, total).to(value.device)
@@ -170,6 +182,9 @@ def _checked(dyn: DynamicModule, shares: Shares, kinds: Mapping[str, _Kind]) -> 
     for name, share in given.items():
         if name not in kinds:
             raise ArgumentError("shares", found=repr(name), expected=f"names among {list(kinds)}")
+        if name in _within(dyn):
+            found = f"{name!r}, whose agent reads the state that its own decisions make"
+            raise ArgumentError("shares", found=found, expected="a decision that is made ahead")
         if why := _unfit(share, kinds[name].arms):
             shown = f"{share.dtype} {list(share.shape)}" if isinstance(share, Tensor) else share
             raise ArgumentError(f"shares[{name!r}]", found=shown, expected=why)
@@ -177,6 +192,12 @@ def _checked(dyn: DynamicModule, shares: Shares, kinds: Mapping[str, _Kind]) -> 
     if total > 1 + 1e-9:
         raise ArgumentError("shares", found=f"exits that sum to {total}", expected="at most 1")
     return given
+
+
+def _within(dyn: DynamicModule) -> set[str]:
+    """Decisions that are made inside of what they control."""
+    nodes = dyn.graph.fx.nodes
+    return {name for n in nodes if (name := stands_in(n)) and isinstance(dyn.graph.module_of(n), Gate)}
 
 
 def _unfit(share: Share, arms: int) -> str:

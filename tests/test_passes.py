@@ -79,6 +79,8 @@ REFUSED = {
     ("block_policy", "steps"): "the graph offers none",
     ("channel_gate", "images"): "its channels lie on a residual stream: `add` ",
     ("channel_gate", "steps"): "fc: its channels are an output of the model",
+    ("neuron_gate", "images"): "the graph offers none",
+    ("neuron_gate", "steps"): "the graph offers none",
 }
 PAIRS = [(strategy, kind) for strategy in available() for kind in MODELS]
 CONTRACT = pytest.mark.parametrize(("strategy", "kind"), [pair for pair in PAIRS if pair not in REFUSED])

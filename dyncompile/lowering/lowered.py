@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from dyncompile.capture.check import same
 from dyncompile.capture.recurrent import RecurrentLayer
-from dyncompile.demand import specialise
+from dyncompile.demand import specialise, stands_in
 from dyncompile.errors import ArgumentError, LoweringError
 from dyncompile.graph import Spec, is_tensor, spec
 from dyncompile.lowering.absorbing import absorb_activations
@@ -140,8 +140,11 @@ class LoweredModule(nn.Module):
         examples = self.examples()
         compiled: dict[Segment, Callable[..., Sequence[Tensor]]] = {}
         for segment, module in modules.items():
-            if any(isinstance(dyn.graph.module_of(n), nn.RNNBase | RecurrentLayer) for n in segment.nodes):
-                # Inductor unrolls a recurrent layer step by step; torch's own kernel runs it whole.
+            if any(
+                stands_in(n) or isinstance(dyn.graph.module_of(n), nn.RNNBase | RecurrentLayer) for n in segment.nodes
+            ):
+                # Inductor unrolls a recurrent layer step by step; torch's own kernel runs it whole. What does a share
+                # of a decision has a form of its own.
                 compiled[segment] = copy.deepcopy(module)
                 continue
             found = [spec(n) for n in segment.inputs]

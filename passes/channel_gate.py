@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import fx, nn
 
 from dyncompile.channels import ChannelGroup, channel_groups
@@ -13,7 +12,6 @@ from dyncompile.features import feature, token_mask
 from dyncompile.graph import Graph, spec
 from dyncompile.narrowing import Arm, Region, obstacle, region, saved_flops
 from dyncompile.nn import FeedForwardPolicy, Gate, build_estimator
-from dyncompile.nn.gates import OPEN_LOGIT
 from dyncompile.ops import SWITCH
 from dyncompile.passes.base import Pass, Refusal, Site
 from dyncompile.shapes import module_flops
@@ -217,7 +215,4 @@ class ChannelGate(Pass):
 
     def _policy(self, graph: Graph, source: fx.Node, arms: int) -> nn.Module:
         read = feature(graph, source, mask=token_mask(graph, source), pool=self.pool)
-        policy = FeedForwardPolicy(read, self.hidden, arms)
-        with torch.no_grad():  # wide arms start likelier than narrow ones
-            policy.outer.bias.copy_(torch.linspace(0, OPEN_LOGIT, arms))
-        return policy
+        return FeedForwardPolicy(read, self.hidden, arms)

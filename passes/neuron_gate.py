@@ -42,7 +42,7 @@ class NeuronGate(Pass):
     Legality: between the linear layers stands only what acts on each neuron alone (activations, dropout, the product of
     a gated layer such as SwiGLU); nobody else reads the neurons; layers do not overlap; there are at least as many
     neurons as groups; the layer is at least `min_share` of the model's FLOPs, and its gate is cheaper than what can be
-    saved. By the sample, dim `batch` has one row a sample; by the token, it comes first.
+    saved. Its input has a row for each sample; by the sample no more than one, by the token samples come first.
 
     Args:
         groups: How many, of equal size.
@@ -163,8 +163,8 @@ class NeuronGate(Pass):
     def _gate(self, policy: nn.Module) -> Gate:
         estimator = build_estimator(self.estimator)
         if self.top_k is None:
-            return Gate(policy, estimator=estimator)
-        return TopKGate(policy, estimator=estimator, k=self.top_k)
+            return Gate(policy, estimator=estimator, decisions=self.groups)
+        return TopKGate(policy, estimator=estimator, k=self.top_k, decisions=self.groups)
 
     # --- rewriting -------------------------------------------------------------------------------
 

@@ -133,19 +133,20 @@ def sites_of(model, inputs, device, **options):
 # --- where -----------------------------------------------------------------------------------------
 
 
-def vision_transformer(needs):
-    return needs("torchvision").models.vit_b_16(image_size=32), (torch.randn(2, 3, 32, 32),)
+def torchvision_transformer(needs):
+    sizes = {"image_size": 32, "patch_size": 16, "num_layers": 2, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32}
+    return needs("torchvision").models.VisionTransformer(**sizes), {"x": torch.randn(2, 3, 32, 32)}
 
 
 def timm_transformer(needs):
-    model = needs("timm").create_model("vit_tiny_patch16_224", img_size=32, depth=3)
-    return model, (torch.randn(2, 3, 32, 32),)
+    model = needs("timm").create_model("vit_tiny_patch16_224", img_size=32, depth=2)
+    return model, {"x": torch.randn(2, 3, 32, 32)}
 
 
 def hugging_face(name, **options):
     def make(needs):
         library = needs("transformers")
-        sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
         config = getattr(library, f"{name}Config")(**sizes, vocab_size=64, max_position_embeddings=32, **options)
         model = getattr(library, f"{name}ForSequenceClassification")(config)
         return model, {"input_ids": torch.randint(3, 64, (2, 12)), "attention_mask": torch.ones(2, 12).long()}
@@ -153,31 +154,42 @@ def hugging_face(name, **options):
     return make
 
 
+@pytest.mark.slow
+def test_found_in_a_whole_vision_transformer(needs, device):
+    sites, _ = sites_of(needs("torchvision").models.vit_b_16(image_size=32), (torch.randn(2, 3, 32, 32),), device)
+    assert [site.node for site in sites] == [f"encoder_layers_encoder_layer_{i}_mlp_3" for i in range(12)]
+    assert [site.name for site in sites] == [f"neurons{i}" for i in range(12)]
+
+
 @pytest.mark.parametrize(
-    ("make", "expected"),
+    ("make", "options", "expected"),
     [
-        pytest.param(
-            vision_transformer, [f"encoder_layers_encoder_layer_{i}_mlp_3" for i in range(12)], marks=pytest.mark.slow
-        ),
-        (timm_transformer, [f"blocks_{i}_mlp_fc2" for i in range(3)]),
-        (hugging_face("Bert"), [f"bert_encoder_layer_{i}_output_dense" for i in range(3)]),
+        (torchvision_transformer, {"per": "token"}, "encoder_layers_encoder_layer_{}_mlp_3"),
+        (timm_transformer, {}, "blocks_{}_mlp_fc2"),
+        (hugging_face("Bert"), {"split": "cluster", "min_share": 0.02}, "bert_encoder_layer_{}_output_dense"),
         (
             hugging_face("Llama", num_key_value_heads=2, pad_token_id=0),
-            [f"model_layers_{i}_mlp_down_proj" for i in range(3)],
+            {"per": "token", "top_k": 3},
+            "model_layers_{}_mlp_down_proj",
         ),
     ],
+    ids=["torchvision", "timm", "bert", "llama"],
 )
-def test_found_in_libraries(needs, device, make, expected):
+def test_found_in_libraries(needs, device, make, options, expected):
     model, inputs = make(needs)
-    if isinstance(inputs, dict):
-        inputs = {name: t.to(device) for name, t in inputs.items()}
-        graph = capture(model.to(device), (), inputs)
-        found = list(NeuronGate(hidden=4).sites(graph))
-        assert [s.node for s in found if isinstance(s, Site)] == expected
+    model = model.to(device).eval()
+    inputs = {name: t.to(device) for name, t in inputs.items()}
+    strategy = NeuronGate(hidden=4, **options)
+    if list(inputs) == ["x"]:
+        dyn = dc.dynamize(model, strategy, example_inputs=inputs["x"])
     else:
-        sites, _ = sites_of(model, inputs, device)
-        assert [s.node for s in sites] == expected
-        assert [s.name for s in sites] == [f"neurons{i}" for i in range(len(expected))]
+        dyn = dc.dynamize(model, strategy, example_inputs=inputs, prediction_only=True)
+    assert [site["node"] for site in dyn.recipe.steps[0].sites] == [expected.format(i) for i in range(2)]
+    decisive(dyn.eval())
+    found = dc.lower(dyn, "eager")(**inputs)
+    reference = dyn(**inputs)
+    assert dyn.trace(**inputs).cost.max() < 1.05
+    torch.testing.assert_close(found, reference, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "count"), [(kind, count) for kind, (_, _, count) in MODELS.items()])
@@ -326,8 +338,8 @@ def test_parts_sum_to_the_whole(converted, kind, options):
     assert len(known) == 5 * len(dyn.gates)
     apart = specialise(dyn.graph.fx, {name: int(not name.endswith("whole")) for name in known})
     assert not any(is_select(n) for n in apart.nodes)
-    layers = sum(n.target == torch.ops.aten.linear.default for n in apart.nodes)
-    assert layers == 4 * len(dyn.gates) * (3 if kind == "gated" else 2)
+    parts = [n for n in apart.nodes if n.target == torch.ops.aten.linear.default and "inserted" in n.meta]
+    assert len(parts) == 4 * len(dyn.gates) * (3 if kind == "gated" else 2)
     x = inputs(5)
     (found,) = fx.Interpreter(dyn, graph=apart).run(*x)
     torch.testing.assert_close(found, model(*x), rtol=1e-5, atol=1e-5)

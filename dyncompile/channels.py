@@ -39,6 +39,10 @@ POOLS: tuple[type[nn.Module], ...] = (
     *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
     *(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.ZeroPad2d, nn.ReflectionPad2d),
 )
+_KINDS = {
+    *(*CONVOLUTIONS, *LINEARS, *BATCH_NORMS, *DROPOUTS, *POINTWISE, *POOLS),
+    *(nn.LayerNorm, nn.GroupNorm, nn.PReLU),
+}
 
 _POINTWISE = {
     *(aten.hardswish.default, aten.log_sigmoid.default, aten.dropout.default, aten.rsub.Scalar, aten.rsub.Tensor),
@@ -103,6 +107,39 @@ def sizes_argument(node: Node) -> tuple[int, int] | None:
     if node.target is aten.unflatten.int:
         return 2, int(node.args[1]) % _rank(node.args[0])  # type: ignore[arg-type]
     return None
+
+
+def kind_of(module: nn.Module | None) -> type[nn.Module] | None:
+    """The layer of torch.nn that a module computes as: its own type, or the one whose forward it inherits.
+
+    An activation of another library (no parameters, each entry by itself) counts as `nn.Identity`: run as it is.
+    """
+    if module is None or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        return None
+    for base in type(module).__mro__:
+        if base in _KINDS:
+            own = [name for name in ("forward", "_conv_forward") if getattr(base, name, None) is not None]
+            same = all(getattr(type(module), name) is getattr(base, name) for name in own)
+            return base if same else None
+    return nn.Identity if _acts_pointwise(module) else None
+
+
+def _acts_pointwise(module: nn.Module) -> bool:
+    """Whether a stateless module of unknown type maps entry to entry, in training as well; tried on a few, shuffled."""
+    if next(module.parameters(), None) is not None or next(module.buffers(), None) is not None:
+        return False
+    mode = module.training
+    x = torch.linspace(-3, 4, 60, dtype=torch.float64).reshape(3, 4, 5)
+    order = torch.arange(60).mul(7).remainder(60)[:40]  # of 60, so that a mean over all of them would be another
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            expected = module.eval()(x).flatten()[order]
+            found = [module.train(training)(x.flatten()[order].reshape(2, 4, 5)) for training in (False, True)]
+    except Exception:  # noqa: BLE001 - whatever a module of another shape of input raises
+        return False
+    finally:
+        module.train(mode)
+    return all(y.shape == (2, 4, 5) and torch.allclose(y.flatten(), expected) for y in found)
 
 
 def describe(graph: Graph, node: Node) -> str:
@@ -180,7 +217,7 @@ class _Ties:
         """Pairs of dims that a node ties."""
         module = graph.module_of(node)
         if module is not None:
-            return self._layer(node, module) if _plain(module) and is_tensor(_first(node)) else ()
+            return self._layer(node, module) if is_tensor(_first(node)) else ()
         if is_select(node):
             return [pair for arm in arms_of(node) for pair in _same(arm, node)]
         if _is_pointwise(node):
@@ -200,7 +237,7 @@ class _Ties:
 
     def _layer(self, node: Node, module: nn.Module) -> Iterable[tuple[Dim, Dim]]:
         source = _first(node)
-        kind = type(module)
+        kind = kind_of(module)
         if kind in CONVOLUTIONS:
             assert isinstance(module, nn.modules.conv._ConvNd)
             if module.padding_mode != "zeros" or _rank(node) != len(module.kernel_size) + 2:
@@ -251,11 +288,6 @@ _PRIME = 7919
 """A batch size that no product of other sizes is mistaken for."""
 
 
-def _plain(module: nn.Module) -> bool:
-    """A layer that does what its type says: no hooks, no forward of its own."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-
-
 def _is_pointwise(node: Node) -> bool:
     target = node.target
     tagged = isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
@@ -283,7 +315,7 @@ def _dims(node: Node) -> list[Dim]:
 
 
 def _last(graph: Graph, layer: Node, source: Node) -> int:
-    return 1 if type(graph.module_of(layer)) in CONVOLUTIONS else _rank(source) - 1
+    return 1 if kind_of(graph.module_of(layer)) in CONVOLUTIONS else _rank(source) - 1
 
 
 def _same(source: Node, node: Node, dims: Iterable[int] | None = None) -> list[tuple[Dim, Dim]]:

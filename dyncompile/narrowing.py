@@ -17,6 +17,7 @@ from dyncompile.channels import (
     POOLS,
     ChannelGroup,
     describe,
+    kind_of,
     sizes_argument,
 )
 from dyncompile.graph import Graph, attribute, is_tensor, spec
@@ -25,10 +26,6 @@ from dyncompile.ops import is_select
 
 aten = torch.ops.aten
 
-_KNOWN = (
-    *(*CONVOLUTIONS, *LINEARS, *BATCH_NORMS, *DROPOUTS, *POINTWISE, *POOLS),
-    *(nn.LayerNorm, nn.GroupNorm, nn.PReLU, nn.Softmax),
-)
 _CHANNELS_SECOND = (*CONVOLUTIONS, *BATCH_NORMS, nn.GroupNorm, nn.PReLU)
 _SCALING = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor}
 
@@ -101,7 +98,7 @@ def obstacle(graph: Graph, found: Region) -> str | None:
         module = graph.module_of(node)
         words = describe(graph, node)
         norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and node in found.exits
-        if module is not None and type(module) not in _KNOWN and not norm:
+        if module is not None and kind_of(module) is None and not norm:
             return f"{words}, between the layers that make and read its channels, cannot be run in arms"
         tags = getattr(node.target, "tags", ())
         if is_select(node) or torch.Tag.nondeterministic_seeded in tags or "decision" in node.meta:
@@ -232,13 +229,13 @@ class Arm:
         x = self._read(source)
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             return self._batch_norm(node, module, x)
-        if type(module) in DROPOUTS:
+        if kind_of(module) in DROPOUTS:
             path = f"{self.owner}.{self.label}_{node.name}"
             self.graph.add_module(path, ArmDropout(module))
             return self._emit(path, self._part(f"{self.owner}.enabled"), x, *node.args[1:])
         channels = 1 if isinstance(module, _CHANNELS_SECOND) else len(spec(node).shape) - 1
         made, read = self._cut(node, channels), self._cut(source, channels)
-        if (made, read) == (None, None) or type(module) in (*POINTWISE, *POOLS):
+        if (made, read) == (None, None) or kind_of(module) in (*POINTWISE, *POOLS):
             return self._emit(node.target, x, *node.args[1:], **node.kwargs)
         along = getattr(module, "groups", 1) > 1 or isinstance(module, nn.GroupNorm | nn.PReLU)
         if read is not None and not along:
@@ -251,7 +248,7 @@ class Arm:
         if isinstance(module, nn.PReLU):
             own = rows if module.num_parameters > 1 else None
             return self._emit(aten.prelu.default, x, self._part(f"{node.target}.weight", own))
-        columns = None if read is None or type(module) not in (*CONVOLUTIONS, *LINEARS) else (1, read)
+        columns = None if read is None or kind_of(module) not in (*CONVOLUTIONS, *LINEARS) else (1, read)
         groups = getattr(module, "groups", 1)
         if groups > 1:
             columns, groups = None, groups * (made or 1) // module.out_channels
@@ -285,7 +282,7 @@ def saved_flops(graph: Graph, found: Region, parts: Sequence[int]) -> float:
     total = 0.0
     for node in found.nodes:
         share = 1.0
-        if type(graph.module_of(node)) in (*CONVOLUTIONS, *LINEARS):
+        if kind_of(graph.module_of(node)) in (*CONVOLUTIONS, *LINEARS):
             grouped = getattr(graph.module_of(node), "groups", 1) > 1
             for value in (node,) if grouped else (node, node.args[0]):
                 cut = found.width(value, parts)  # type: ignore[arg-type]

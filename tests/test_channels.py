@@ -6,7 +6,7 @@ import widening
 from torch import nn
 
 from dyncompile.capture import capture
-from dyncompile.channels import channel_groups
+from dyncompile.channels import channel_groups, kind_of
 
 OUTPUT = "its channels are an output of the model"
 
@@ -142,6 +142,41 @@ def test_parts_of_a_flattened_map_stay_together():
     relu, flat = (next(n for n in group.dims if str(n.target) == name) for name in ("1", "aten.flatten.using_ints"))
     assert group.parts == 6
     assert (group.kept(relu, 2), group.kept(flat, 2)) == (2, 18)
+
+
+class Inheriting(nn.Conv2d):
+    pass
+
+
+class Overriding(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight - weight.mean(1, keepdim=True), bias)
+
+
+class Cubed(nn.Module):
+    def forward(self, x):
+        return x * x.square().tanh()
+
+
+class Centred(nn.Module):
+    def forward(self, x):
+        return x - x.mean()
+
+
+class Noisy(nn.Module):
+    def forward(self, x):
+        return x + torch.randn_like(x) if self.training else x
+
+
+def test_a_layer_is_what_its_forward_is():
+    torch.manual_seed(0)
+    known = (Inheriting(3, 8, 3), Cubed(), nn.GELU(), nn.ReLU6(), nn.Dropout2d())
+    assert [kind_of(m) for m in known] == [nn.Conv2d, nn.Identity, nn.GELU, nn.ReLU6, nn.Dropout2d]
+    unknown = (Overriding(3, 8, 3), Centred(), Noisy(), nn.Softmax(1), nn.Flatten(), nn.LSTM(3, 4))
+    assert [kind_of(m) for m in unknown] == [None] * len(unknown)
+    state = torch.get_rng_state()
+    assert kind_of(Noisy().train()) is None
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_hooks_are_obstacles():

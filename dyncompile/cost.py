@@ -68,6 +68,20 @@ def _probability(guard: Guard, decisions: Mapping[str, Tensor], cache: dict[Guar
     return cache[guard]
 
 
+def guard_probability(guard: Guard, decisions: Mapping[str, Tensor], samples: int) -> Tensor:
+    """How far a guard holds for each sample: the product of the decisions on its path.
+
+    Args:
+        guard: Of a region or a conditional.
+        decisions: As `CostModel.expected` takes them.
+        samples: N.
+
+    Returns:
+        `[N]` in [0, 1], or `[N, r]` where the path holds decisions by token or frame.
+    """
+    return _probability(guard, decisions, {(): torch.ones(samples)})
+
+
 def cost_model(graph: fx.Graph, fixed: Mapping[str, int] | None = None, *, unit: str = "flops") -> CostModel:
     """Build the cost model of a graph.
 

@@ -1,11 +1,9 @@
 """Channel gate: how many channels of a layer are computed is chosen per sample."""
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import fx, nn
 
 from dyncompile.channels import ChannelGroup, channel_groups
@@ -14,7 +12,6 @@ from dyncompile.features import feature, token_mask
 from dyncompile.graph import Graph, spec
 from dyncompile.narrowing import Arm, Region, obstacle, region, saved_flops
 from dyncompile.nn import FeedForwardPolicy, Gate, build_estimator
-from dyncompile.nn.gates import OPEN_LOGIT
 from dyncompile.ops import SWITCH
 from dyncompile.passes.base import Pass, Refusal, Site
 from dyncompile.shapes import module_flops
@@ -218,8 +215,4 @@ class ChannelGate(Pass):
 
     def _policy(self, graph: Graph, source: fx.Node, arms: int) -> nn.Module:
         read = feature(graph, source, mask=token_mask(graph, source), pool=self.pool)
-        policy = FeedForwardPolicy(read, self.hidden, arms)
-        nn.init.zeros_(policy.outer.bias)
-        with torch.no_grad():  # the full arm starts as likely as an open binary gate
-            policy.outer.bias[-1] = OPEN_LOGIT + math.log(arms - 1)
-        return policy
+        return FeedForwardPolicy(read, self.hidden, arms)

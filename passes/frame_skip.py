@@ -116,11 +116,13 @@ class FrameSkip(Pass):
 
     def rewrite(self, graph: Graph, site: Site) -> None:
         """Insert one agent, and what skips, behind each layer of a stack."""
-        layers = [layer for name in site.data["layers"] if (layer := layer_at(graph, find(graph, name))) is not None]
         decision: fx.Node | None = None
-        if self.reads == "input":
-            decision = self._decide(graph, site, layers[0])
-        for number, layer in enumerate(layers):
+        for number, name in enumerate(site.data["layers"]):
+            # Asked for one by one: a layer reads what stands in for the one below it.
+            layer = layer_at(graph, find(graph, name))
+            assert layer is not None
+            if number == 0 and self.reads == "input":
+                decision = self._decide(graph, site, layer)
             decision = self._skip(graph, site, layer, number, decision)
 
     def _decide(self, graph: Graph, site: Site, first: Layer) -> fx.Node:

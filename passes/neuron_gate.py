@@ -163,8 +163,8 @@ class NeuronGate(Pass):
     def _gate(self, policy: nn.Module) -> Gate:
         estimator = build_estimator(self.estimator)
         if self.top_k is None:
-            return Gate(policy, estimator=estimator)
-        return TopKGate(policy, estimator=estimator, k=self.top_k)
+            return Gate(policy, estimator=estimator, decisions=self.groups)
+        return TopKGate(policy, estimator=estimator, k=self.top_k, decisions=self.groups)
 
     # --- rewriting -------------------------------------------------------------------------------
 

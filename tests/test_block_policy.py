@@ -72,7 +72,8 @@ def test_one_decision_a_branch_all_by_one_policy(device):
     assert {d.meta["owner"] for d in decisions} == {"policy"}
     x = torch.randn(6, 1, 16, 16, device=device)
     with torch.no_grad():
-        trace, logits = dyn.trace(x), dyn.gates["policy"].policy(x)
+        gate = dyn.gates["policy"]
+        trace, logits = dyn.trace(x), gate.settle(gate.policy(x))
     torch.testing.assert_close(trace.probabilities["policy"], logits.sigmoid())
     dyn.gates["policy"].bias.copy_(-logits.median())
     trace = dyn.trace(x)
@@ -174,7 +175,7 @@ def test_refusals(device):
 @pytest.mark.parametrize("estimator", ["reinforce", "gumbel", "straight_through", "semantic_hashing"])
 def test_every_estimator_decides_in_training(estimator, device):
     dyn = enabled(converted(Images(), torch.randn(2, 1, 16, 16), device, estimator=estimator)).train()
-    dyn.gates["policy"].policy.outer.bias.data.zero_()
+    dyn.gates["policy"].aim(0.5)
     trace = dyn.trace(torch.randn(64, 1, 16, 16, device=device))
     decisions = torch.stack(list(trace.decisions.values()))
     assert decisions.min() == 0

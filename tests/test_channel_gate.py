@@ -115,11 +115,12 @@ def test_lowered_equals_reference_and_runs_what_is_counted(converted, name):
         for gate, route in routes.items():
             counts = [fast.last_run.get(f"{gate}={arm}", 0) for arm in range(4)]
             assert counts == [int((route == arm).sum()) for arm in range(4)]
+        widest = dict.fromkeys(dyn.gates, (0.0, 0.0, 0.0, 1.0))
         # Attention is not counted by every kernel, so count what is saved.
-        with torch.no_grad(), forced(fast, dict.fromkeys(dyn.gates, 1.0)), FlopCounterMode(display=False) as full:
+        with torch.no_grad(), forced(fast, widest), FlopCounterMode(display=False) as full:
             fast(x)
         saved = (full.get_total_flops() - counter.get_total_flops()) / batch / dyn.graph.total_flops
-        with torch.no_grad(), forced(dyn, dict.fromkeys(dyn.gates, 1.0)):
+        with torch.no_grad(), forced(dyn, widest):
             expected = dyn.trace(x).cost.mean() - trace.cost.mean()
         assert saved == pytest.approx(float(expected), rel=1e-4, abs=1e-7)
 
@@ -219,7 +220,7 @@ def test_shared_norms(converted):
 
 @pytest.mark.parametrize("name", widening.MODELS)
 def test_gradient_reaches_every_arm(converted, name):
-    _, dyn, inputs = converted(name)
+    _, dyn, inputs = converted(name, hidden=8)
     dyn.train()
     for gate in dyn.gates.values():
         gate.estimator.hard = False
@@ -382,8 +383,8 @@ def test_saved_and_loaded(converted, tmp_path, device):
         dyn.gates.width0.arm0__1_bn3.weight.normal_()
     dc.save(dyn, tmp_path)
     again = dc.load(tmp_path, widening.MODELS["bottleneck"][0]().to(device).eval())
-    x = inputs(6)
-    with torch.no_grad(), forced(dyn, {"width0": torch.zeros(6)}), forced(again, {"width0": torch.zeros(6)}):
+    x, narrowest = inputs(6), {"width0": torch.zeros(6, dtype=torch.int64)}
+    with torch.no_grad(), forced(dyn, narrowest), forced(again, narrowest):
         assert torch.equal(again(x), dyn(x))
     arms = [n for n in again.graph.fx.nodes if n.target is SWITCH]
     assert len(arms) == 1

@@ -200,9 +200,9 @@ def test_recurrent_gates_share_one_cell_whose_state_passes_every_gate(device):
         """By hand: the state is updated at every gate, whether the branch runs or not."""
         h, state, found = model[0](x), None, []
         for i in range(3):
-            policy = dyn.gates[f"gate{i}"].policy
-            state = core.cell(policy.project(policy.norm(h)), state)
-            found.append(core.outer(state[0]).squeeze(1))
+            gate = dyn.gates[f"gate{i}"]
+            state = core.cell(gate.policy.project(gate.policy.norm(h)), state)
+            found.append(gate.settle(core.outer(state[0]).squeeze(1)))
             h = torch.where(kept[i][:, None], model[i + 1](h), h)
         return torch.stack(found)
 
@@ -259,7 +259,10 @@ def test_frames_in_the_batch_dim_are_gated_each_by_itself(device):
     dyn = enabled(gated(Video(), torch.randn(2, 4, 6), device))
     x = torch.randn(3, 4, 6, device=device)
     kept = torch.tensor([[1, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1]], device=device).bool()
-    with torch.no_grad(), forced(dyn, {"gate0": kept.flatten()}):
+    fast = dc.lower(dyn, backend="eager", decline=False)
+    with torch.no_grad(), forced(dyn, {"gate0": kept}), forced(fast, {"gate0": kept}), flop_counter() as counter:
+        lowered = fast(x)
+    with torch.no_grad(), forced(dyn, {"gate0": kept}):
         trace = dyn.trace(x)
         h = dyn.frame[0](x)
         expected = dyn.fc(torch.where(kept[..., None], dyn.frame[1](h), h).mean(1))
@@ -267,6 +270,8 @@ def test_frames_in_the_batch_dim_are_gated_each_by_itself(device):
     assert torch.equal(trace.decisions["gate0"], kept)
     fixed, branch = dyn.cost_model().weights
     torch.testing.assert_close(trace.cost.cpu(), fixed + branch * torch.tensor([0.5, 0.0, 1.0]))
+    torch.testing.assert_close(lowered, trace.output)
+    assert counter.get_total_flops() == pytest.approx(float(trace.cost.sum()) * dyn.cost_model().static, rel=1e-5)
 
 
 # --- blocks --------------------------------------------------------------------------------------

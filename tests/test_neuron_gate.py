@@ -121,7 +121,7 @@ def decisive(dyn):
         gate.enabled.fill_(True)
         with torch.no_grad():
             gate.policy.outer.weight.normal_(std=3)
-            gate.policy.outer.bias.zero_()
+            gate.offset.zero_()
 
 
 def sites_of(model, inputs, device, **options):

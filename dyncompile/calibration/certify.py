@@ -1,4 +1,4 @@
-"""Choose thresholds: design a path on some of the samples, test along it on the others."""
+"""Choose thresholds and knobs: design a path on some of the samples, test along it on the others."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,6 +9,7 @@ from numbers import Real
 import numpy as np
 from numpy.typing import NDArray
 
+from dyncompile.calibration.knobs import Knobs
 from dyncompile.calibration.result import Calibration, ExitSetting, FrontierPoint
 from dyncompile.calibration.risk import (
     Array,
@@ -21,7 +22,7 @@ from dyncompile.calibration.risk import (
     samples_needed,
     upper_bound,
 )
-from dyncompile.calibration.search import CostOf, Levels, ThresholdSpace
+from dyncompile.calibration.search import CostOf, Levels, ThresholdSpace, front
 from dyncompile.errors import ArgumentError, CalibrationError, UnreachableTargetError
 
 Indices = NDArray[np.intp]
@@ -48,6 +49,23 @@ class Scores:
     losses: Array
     correct: Array | None = None
     binary: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A setting of the gates' knobs, at which the thresholds of exits are free.
+
+    Attributes:
+        scores: Scores of all samples.
+        cost_of: Cost by exit, for any set of enabled exits, `[E + 1]`, or by sample `[N, E + 1]`.
+        temperatures: Temperature of each exit, for the record; None for 1.
+        knobs: The bias of each group of gates; empty without gates.
+    """
+
+    scores: Scores
+    cost_of: CostOf
+    temperatures: Sequence[float] | None = None
+    knobs: Knobs = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +114,9 @@ class Target:
         return {"ltt": exact, "ucb": betting_p_value, "greedy": empirical_p_value}[self.method]
 
 
-def split(samples: int, target: Target, *, binary: bool, seed: int) -> tuple[Indices, Indices]:
+def split(
+    samples: int, target: Target, *, binary: bool, seed: int, seen: Sequence[int] | Indices = (), among: int = 0
+) -> tuple[Indices, Indices]:
     """Divide the samples at random into those to design on and those held out.
 
     "greedy" uses all for both.
@@ -106,6 +126,8 @@ def split(samples: int, target: Target, *, binary: bool, seed: int) -> tuple[Ind
         target: What is asked for.
         binary: Whether a loss is 0 or 1 by its definition.
         seed: Seed of the order.
+        seen: Samples that are designed on already: `designed(among)` of them, drawn at random.
+        among: From the first how many samples those were drawn.
 
     Returns:
         Indices of both parts, each in random order.
@@ -119,20 +141,25 @@ def split(samples: int, target: Target, *, binary: bool, seed: int) -> tuple[Ind
     needed = 2
     if target.max_drop is not None:
         needed = samples_needed(target.p_value(binary=binary), target.max_drop, target.delta)
-    if samples - _designed(samples) < needed or not _designed(samples):
-        total = next(n for n in count(max(4, needed)) if n - _designed(n) >= needed)
+    if samples - designed(samples) < needed or not designed(samples):
+        total = next(n for n in count(max(4, needed)) if n - designed(n) >= needed)
         raise CalibrationError(
             f"{samples} samples are too few to bound a risk of {target.max_drop or 1:g} with "
             f"probability {target.confidence:g}: at least {total} are needed, "
-            f"{_designed(total)} to choose candidates on and {total - _designed(total)} to test "
+            f"{designed(total)} to choose candidates on and {total - designed(total)} to test "
             "them on, and more to save much. Give more data, a larger max_drop, a lower "
             "confidence, or method='greedy', which guarantees nothing"
         )
-    design, held_out = np.split(order, [_designed(samples)])
-    return design, held_out
+    # Every sample is as likely to be designed on as any other, the first ones too.
+    later = order[order >= among]
+    chosen = np.zeros(samples, dtype=bool)
+    chosen[np.asarray(seen, dtype=np.intp)] = True
+    chosen[later[: designed(samples) - len(seen)]] = True
+    return order[chosen[order]], order[~chosen[order]]
 
 
-def _designed(samples: int) -> int:
+def designed(samples: int) -> int:
+    """How many of so many samples are designed on."""
     return int(_DESIGN_SHARE * samples)
 
 
@@ -147,13 +174,7 @@ def choose(
     unit: str = "flops",
     seed: int = 0,
 ) -> Calibration:
-    """Choose the thresholds of all exits jointly.
-
-    The design samples give a path of threshold vectors from the safest to the cheapest. With
-    `max_drop` the held-out samples are tested along it until the first failure, and the cheapest
-    vector that passed is taken: its risk is above `max_drop` with probability at most
-    `1 - confidence` (Learn then Test, arXiv 2110.01052). With `max_cost` alone the safest vector
-    within the budget is taken.
+    """Choose the thresholds of all exits jointly, where no gate decides; see `choose_among`.
 
     Args:
         scores: Scores of all samples.
@@ -168,45 +189,87 @@ def choose(
     Raises:
         UnreachableTargetError: No thresholds that save anything reach the target.
     """
-    seen, unseen = scores.confidence[design], scores.confidence[held_out]
-    space = ThresholdSpace(seen, cost_of)
-    reached, losses = space.passed(seen), scores.losses[design]
-    path = space.path(reached, losses)
-    static = float(space.costs(space.off)[-1])
-    if path[-1] == space.off:
-        raise UnreachableTargetError("no exit saves anything: each costs as much as it spares or is wrong too often")
-    passed = space.passed(unseen)
+    setting = Setting(scores=scores, cost_of=cost_of, temperatures=temperatures)
+    return choose_among([setting], target, design=design, held_out=held_out, unit=unit, seed=seed)[0]
+
+
+def choose_among(
+    settings: Sequence[Setting],
+    target: Target,
+    *,
+    design: Indices,
+    held_out: Indices,
+    unit: str = "flops",
+    seed: int = 0,
+) -> tuple[Calibration, int]:
+    """Choose the knobs of all gates and the thresholds of all exits jointly.
+
+    The design samples give a path of candidates, each a knob setting with a threshold vector, from the safest to the
+    cheapest. With `max_drop` the held-out samples are tested along it until the first failure, and the cheapest
+    candidate that passed is taken: its risk is above `max_drop` with probability at most `1 - confidence` (Learn then
+    Test, arXiv 2110.01052; any order will do that was fixed without the held-out samples). With `max_cost` alone the
+    safest candidate within the budget is taken.
+
+    Args:
+        settings: Knob settings, all on the same samples; in the first, all gates are open, so that with its exits off
+            it is the static model.
+        target: What is asked for.
+        design: Indices of the samples to choose candidates on.
+        held_out: Indices of the samples to test them on.
+        unit: Unit of the costs, for the record.
+        seed: Seed of the split, for the record.
+
+    Returns:
+        The calibration, without its gates' settings, and the index of the knob setting it takes.
+
+    Raises:
+        UnreachableTargetError: No candidate that saves anything reaches the target.
+    """
+    what = "exit" if len(settings) == 1 else "exit and no gate" if settings[0].scores.exits else "gate"
+    free = "thresholds" if len(settings) == 1 else "thresholds and knobs" if settings[0].scores.exits else "knobs"
+    searched = [_Part(setting, design) for setting in settings]
+    off = (0, searched[0].space.off)
+    means = {off: searched[0].means(off[1])}
+    for index, part in enumerate(searched):
+        means.update({(index, v): part.means(v) for v in part.space.path(part.passed, part.losses)})
+    path = front(means, off)
+    if path[-1] == off:
+        raise UnreachableTargetError(f"no {what} saves anything: each costs as much as it spares or is wrong too often")
+    parts = [_Part(setting, held_out, part.space) for setting, part in zip(settings, searched, strict=True)]
+    outcomes = [parts[index].outcome(levels) for index, levels in path]
     trial = _Trial(
         target=target,
-        p_value=target.p_value(binary=scores.binary),
-        costs=np.array([space.outcome(passed, scores.losses[held_out], v)[1].mean() for v in path]),
-        losses=lambda index: space.outcome(passed, scores.losses[held_out], path[index])[0],
+        p_value=target.p_value(binary=settings[0].scores.binary),
+        costs=np.array([cost.mean() for _, cost in outcomes]),
+        losses=lambda index: outcomes[index][0],
+        free=free,
     )
     if target.max_drop is not None:
         certified = trial.certify(target.max_drop)
+        static = float(parts[0].outcome(off[1])[1].mean())
         chosen, bound = trial.cheapest(certified, target.max_drop, static), target.max_drop
     else:
         certified = 0
-        designed = [space.outcome(reached, losses, levels)[1] for levels in path]
-        chosen, bound = trial.safest(designed)
+        chosen, bound = trial.safest([searched[index].outcome(levels)[1] for index, levels in path])
     frontier = tuple(
         FrontierPoint(
-            cost=float(trial.costs[index]),
-            risk=float(trial.losses(index).mean()),
-            accuracy=_accuracy(scores, held_out, space.leave(passed, levels)),
-            certified=index < certified and target.method != "greedy",
+            cost=float(trial.costs[place]),
+            risk=float(trial.losses(place).mean()),
+            accuracy=parts[index].accuracy(levels),
+            certified=place < certified and target.method != "greedy",
         )
-        for index, levels in enumerate(path)
+        for place, (index, levels) in enumerate(path)
     )
-    exits = _settings(scores, space, path[chosen], held_out, temperatures)
-    return Calibration(
+    index, levels = path[chosen]
+    exits = parts[index].settings(levels)
+    calibration = Calibration(
         exits=exits[:-1],
         final=exits[-1],
         cost=frontier[chosen].cost,
         risk=frontier[chosen].risk,
         bound=None if target.method == "greedy" else bound,
         accuracy=frontier[chosen].accuracy,
-        static_accuracy=_accuracy(scores, held_out, np.full(len(held_out), len(scores.exits))),
+        static_accuracy=parts[0].accuracy(off[1]),
         frontier=frontier,
         method=target.method,
         unit=unit,
@@ -217,47 +280,85 @@ def choose(
         held_out_samples=len(held_out),
         seed=seed,
     )
+    return calibration, index
 
 
-def _settings(
-    scores: Scores,
-    space: ThresholdSpace,
-    levels: Levels,
-    samples: Indices,
-    temperatures: Sequence[float] | None,
-) -> tuple[ExitSetting, ...]:
-    """Every exit's setting, and the end's."""
-    leave = space.leave(space.passed(scores.confidence[samples]), levels)
-    columns = zip(
-        (*scores.exits, "final"),
-        (*space.thresholds(levels), 0.0),
-        (*(temperatures or [1.0] * len(scores.exits)), 1.0),
-        (*space.enabled(levels), True),
-        space.costs(levels),
-        strict=True,
-    )
-    return tuple(
-        ExitSetting(
-            name=name,
-            threshold=threshold,
-            temperature=temperature,
-            enabled=enabled,
-            cost=float(cost) if enabled else None,
-            share=float((leave == index).mean()),
-            accuracy=_accuracy(scores, samples[leave == index], leave[leave == index]),
+class _Part:
+    """One knob setting on some of the samples.
+
+    Args:
+        setting: The knob setting.
+        samples: Their indices.
+        space: Where thresholds were searched for; None to search on these samples.
+    """
+
+    def __init__(self, setting: Setting, samples: Indices, space: ThresholdSpace | None = None) -> None:
+        self.setting = setting
+        self.samples = samples
+        self.scores = setting.scores
+        confidence = self.scores.confidence[samples]
+        self.space = ThresholdSpace(confidence, self._costs) if space is None else space
+        self.passed = self.space.passed(confidence)
+        self.losses = self.scores.losses[samples]
+
+    def _costs(self, enabled: tuple[bool, ...]) -> Array:
+        costs = self.setting.cost_of(enabled)
+        return costs if costs.ndim == 1 else costs[self.samples]
+
+    def outcome(self, levels: Levels) -> tuple[Array, Array]:
+        """Loss and cost of each sample under a vector of levels, `[N]` each."""
+        return self.space.outcome(self.passed, self.losses, levels, self._costs(self.space.enabled(levels)))
+
+    def means(self, levels: Levels) -> tuple[float, float]:
+        """Mean loss and cost of the samples."""
+        loss, cost = self.outcome(levels)
+        return float(loss.mean()), float(cost.mean())
+
+    def accuracy(self, levels: Levels) -> float | None:
+        """Share of the samples that are right; None where it is not defined."""
+        return _accuracy(self.scores, self.samples, self.space.leave(self.passed, levels))
+
+    def settings(self, levels: Levels) -> tuple[ExitSetting, ...]:
+        """Every exit's setting, and the end's."""
+        leave = self.space.leave(self.passed, levels)
+        costs = self._costs(self.space.enabled(levels))
+        columns = zip(
+            (*self.scores.exits, "final"),
+            (*self.space.thresholds(levels), 0.0),
+            (*(self.setting.temperatures or [1.0] * len(self.scores.exits)), 1.0),
+            (*self.space.enabled(levels), True),
+            strict=True,
         )
-        for index, (name, threshold, temperature, enabled, cost) in enumerate(columns)
-    )
+        return tuple(
+            ExitSetting(
+                name=name,
+                threshold=threshold,
+                temperature=temperature,
+                enabled=enabled,
+                cost=_cost_there(costs, index, leave == index) if enabled else None,
+                share=float((leave == index).mean()),
+                accuracy=_accuracy(self.scores, self.samples[leave == index], leave[leave == index]),
+            )
+            for index, (name, threshold, temperature, enabled) in enumerate(columns)
+        )
+
+
+def _cost_there(costs: Array, index: int, here: NDArray[np.bool_]) -> float:
+    """Cost of leaving at an exit; where gates decide too, on average over those that do, or if nobody does over all."""
+    if costs.ndim == 1:
+        return float(costs[index])
+    return float(costs[here if here.any() else slice(None), index].mean())
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Trial:
-    """The held-out samples on the path: costs `[P]` and, by index on it, losses `[N]`."""
+    """The held-out samples on the path: costs `[P]` and, by index on it, losses `[N]`; what is free, in words."""
 
     target: Target
     p_value: PValue
     costs: Array
     losses: Callable[[int], Array]
+    free: str
 
     def certify(self, limit: float) -> int:
         """How many vectors of the path, from its start, have a risk of at most `limit`."""
@@ -273,7 +374,7 @@ class _Trial:
             up_to = range(int(saves[0]) + 1) if len(saves) else range(len(self.costs))
             bounds = [upper_bound(self.p_value, self.losses(i), self.target.delta) for i in up_to]
             raise UnreachableTargetError(
-                f"no thresholds that save anything keep the risk at or below {limit:g} "
+                f"no {self.free} that save anything keep the risk at or below {limit:g} "
                 f"{self._terms()}; the best reachable is max_drop={_up(max(bounds))} at a "
                 f"cost of {self.costs[up_to[-1]]:.3f}"
             )

@@ -26,7 +26,8 @@ class ExitSetting:
         threshold: The exit fires where its confidence is at least this, in [0, 1].
         temperature: Temperature of its prediction.
         enabled: Whether it is used; an exit that does not pay is not.
-        cost: Cost of a sample that leaves here, 1.0 = static model; None where it is not enabled.
+        cost: Cost of a sample that leaves here, 1.0 = static model; None where it is not enabled. Where gates decide
+            too, the mean over those that do, or if nobody does over all.
         share: Share of the samples that leave here.
         accuracy: Accuracy on the samples that leave here; None where none does or where it is not
             defined.
@@ -42,8 +43,38 @@ class ExitSetting:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class GateSetting:
+    """The setting of all gates that one pass inserted, and what they do to the held-out samples.
+
+    Attributes:
+        name: Name of the pass.
+        gates: Names of the gates in `dyn.gates`.
+        bias: The knob: added to the gates' logits in evaluation; larger computes more, 0 is as trained.
+        enabled: Whether they are used. Gates that do not pay are switched off, which leaves them open for every sample.
+        rates: By decision, the share of the samples (of a route the mean level, k / (K - 1) for arm k) for which what
+            it controls runs: that no exit let go before, nor another gate passed by. Empty where they are off.
+    """
+
+    name: str
+    gates: tuple[str, ...]
+    bias: float
+    enabled: bool
+    rates: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def knob(self) -> str:
+        """The knob in words."""
+        return f"{self.bias:+.3g}" if self.enabled else "off: all open"
+
+    @property
+    def rate(self) -> str:
+        """The mean of the rates, in words."""
+        return f"{sum(self.rates.values()) / len(self.rates):.0%}" if self.rates else "all"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FrontierPoint:
-    """A threshold vector that the search considered, measured on the held-out samples.
+    """A candidate (knobs and a threshold vector) that the search considered, measured on the held-out samples.
 
     Attributes:
         cost: Expected cost per sample, 1.0 = static model.
@@ -60,10 +91,11 @@ class FrontierPoint:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Thresholds for every exit, and what is known about them.
+    """Thresholds for every exit and knobs for every group of gates, and what is known about them.
 
     Attributes:
         exits: Settings by exit, in order of execution.
+        gates: Settings by group of gates, in order of execution.
         final: What becomes of the samples that no exit takes.
         cost: Expected cost per sample, 1.0 = static model.
         risk: Mean loss of the held-out samples.
@@ -71,9 +103,8 @@ class Calibration:
             calibration data; None for "greedy", which guarantees nothing.
         accuracy: Accuracy of the dynamic model on the held-out samples; None where it is not
             defined.
-        static_accuracy: That of the full-depth model on the same samples.
-        frontier: The threshold vectors from which these were taken, from the safest to the
-            cheapest.
+        static_accuracy: That of the full-depth model, all gates open, on the same samples.
+        frontier: The candidates from which this was taken, from the safest to the cheapest.
         method: "ltt", "ucb" or "greedy".
         unit: What cost was counted in, "flops" or "time".
         max_drop: The risk asked for.
@@ -101,12 +132,18 @@ class Calibration:
     design_samples: int
     held_out_samples: int
     seed: int
+    gates: tuple[GateSetting, ...] = ()
     evidence: Evidence | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def thresholds(self) -> dict[str, float]:
         """Threshold by exit."""
         return {setting.name: setting.threshold for setting in self.exits}
+
+    @property
+    def knobs(self) -> dict[str, float]:
+        """Bias by group of gates: `{"layer_skip": 0.4}`."""
+        return {setting.name: setting.bias for setting in self.gates}
 
     @property
     def temperatures(self) -> dict[str, float]:
@@ -119,19 +156,25 @@ class Calibration:
         return {setting.name: setting.enabled for setting in self.exits}
 
     def apply(self, dyn: "DynamicModule") -> None:
-        """Set the exits' buffers of a dynamic model, all or none.
+        """Set the buffers of a dynamic model's exits and gates, all or none.
 
         Args:
-            dyn: A dynamic model with exits of these names.
+            dyn: A dynamic model with exits and gates of these names.
 
         Raises:
-            ArgumentError: Its exits have other names, a threshold is outside [0, 1] or a
-                temperature not positive.
+            ArgumentError: Its exits or gates have other names, a threshold is outside [0, 1], a
+                temperature not positive or a knob not finite.
         """
+        from dyncompile.calibration.knobs import OPEN, gate_groups, turn
+
         names = [setting.name for setting in self.exits]
         exits: Any = dyn.exits
         if set(exits) != set(names):
-            raise ArgumentError("dyn", found=f"the exits {', '.join(exits) or 'none'}", expected=", ".join(names))
+            found = f"the exits {', '.join(exits) or 'none'}"
+            raise ArgumentError("dyn", found=found, expected=", ".join(names) or "no exits")
+        groups, own = gate_groups(dyn), {setting.name: setting.gates for setting in self.gates}
+        if groups != own:
+            raise ArgumentError("dyn", found=f"the gates {_listed(groups)}", expected=_listed(own))
         for setting in self.exits:
             if not 0 <= setting.threshold <= 1:
                 raise ArgumentError(f"threshold of {setting.name}", found=setting.threshold, expected="in [0, 1]")
@@ -141,11 +184,16 @@ class Calibration:
                     found=setting.temperature,
                     expected="above 0 and finite",
                 )
+        for group in self.gates:
+            if not math.isfinite(group.bias):
+                raise ArgumentError(f"knob of {group.name}", found=group.bias, expected="a finite number")
         for setting in self.exits:
             module = exits[setting.name]
             module.threshold.fill_(setting.threshold)
             module.temperature.fill_(setting.temperature)
             module.enabled.fill_(setting.enabled)
+        knobs = {group.name: group.bias if group.enabled else OPEN for group in self.gates}
+        turn(dyn, groups, tuple(knobs[name] for name in groups))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the evidence, as values that JSON can hold."""
@@ -154,10 +202,12 @@ class Calibration:
         return values
 
     def table(self) -> "Table":
-        """A rich table of the exits."""
+        """A rich table of the exits, of gates in its caption; without exits, of the gates."""
         from rich.table import Table
 
         table = Table(title=self._title(), caption=self._summary())
+        if not self.exits:
+            return self._of_gates(table)
         for heading in ("exit", "threshold", "temperature", "cost", "leave here", "accuracy there"):
             table.add_column(heading, justify="left" if heading == "exit" else "right")
         for row in (*self.exits, self.final):
@@ -170,6 +220,13 @@ class Calibration:
                 f"{row.share:.1%}" if row.enabled else "",
                 "" if row.accuracy is None else f"{row.accuracy:.2%}",
             )
+        return table
+
+    def _of_gates(self, table: "Table") -> "Table":
+        for heading in ("gates", "knob", "run on average"):
+            table.add_column(heading, justify="left" if heading == "gates" else "right")
+        for group in self.gates:
+            table.add_row(f"{group.name} ({len(group.gates)})", group.knob, group.rate)
         return table
 
     def __str__(self) -> str:
@@ -244,7 +301,10 @@ class Calibration:
         return f"{self.method}: {', '.join(asked)}"
 
     def _summary(self) -> str:
-        lines = [f"expected cost {self.cost:.3f} ({self.unit}), risk {self.risk:.4f}"]
+        lines = []
+        if self.exits:
+            lines += [f"{group.name}: knob {group.knob}, {group.rate} run on average" for group in self.gates]
+        lines.append(f"expected cost {self.cost:.3f} ({self.unit}), risk {self.risk:.4f}")
         if self.accuracy is not None and self.static_accuracy is not None:
             lines.append(f"accuracy {self.accuracy:.2%}, static {self.static_accuracy:.2%}")
         if self.bound is None:
@@ -257,3 +317,7 @@ class Calibration:
 
 def _quality(accuracy: float | None, risk: float) -> float:
     return 1 - risk if accuracy is None else accuracy
+
+
+def _listed(groups: Mapping[str, Sequence[str]]) -> str:
+    return "; ".join(f"{name}: {', '.join(gates)}" for name, gates in groups.items()) or "none"

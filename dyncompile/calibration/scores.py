@@ -1,7 +1,7 @@
-"""One pass of the data through a dynamic model: what every exit would do with every sample."""
+"""One pass of the data through a dynamic model: what every exit would do with every sample at every knob setting."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, IterableDataset
 
-from dyncompile.calibration.certify import Scores
+from dyncompile.calibration.certify import Indices, Scores, designed
 from dyncompile.calibration.evidence import Gallery
+from dyncompile.calibration.knobs import Knobs, grid, turned
 from dyncompile.calibration.losses import Loss
 from dyncompile.calibration.risk import Array
 from dyncompile.calibration.temperature import (
@@ -22,18 +23,23 @@ from dyncompile.calibration.temperature import (
     mean_of_labelled,
     negative_log_likelihood,
 )
+from dyncompile.calibration.usage import Examples
 from dyncompile.data import IGNORE_INDEX, Batch, Inputs, as_loader, call, find_device
 from dyncompile.errors import ArgumentError, CalibrationError, DataError, require
 from dyncompile.module import DynamicModule, Trace
 from dyncompile.nn.criteria import classes_first
 from dyncompile.nn.exits import Exit
 
+_PROBED = 256
+"""Samples, at least, that are held back at first, and of which those to design on tell which knobs to try."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class Recording:
-    """Scores at every temperature of the grid, from which the fitted ones are taken.
+class Run:
+    """Scores at one setting of the gates' knobs, at every temperature of the grid.
 
     Attributes:
+        knobs: The bias of each group of gates; empty for a model without gates.
         exits: Names of the exits, E of them, in order of execution.
         confidence: `[N, E, T]`; T is 1 where temperatures are not fitted.
         nll: Negative log-likelihood of the labels, `[N, E, T]`; None where temperatures are not
@@ -41,20 +47,19 @@ class Recording:
         losses: Losses by exit and at the end, `[N, E + 1]`.
         correct: Share of right labels by exit and at the end, `[N, E + 1]`; None in regression.
         binary: Whether losses are 0 or 1 by definition.
-        labels: Class of each sample, `[N]`; None where samples have not exactly one.
-        predicted: Predicted class by exit and at the end, `[N, E + 1]`; None likewise.
-        gallery: The images that the exits are surest and least sure of.
+        predicted: Predicted class by exit and at the end, `[N, E + 1]`; None where samples have not exactly one.
+        decisions: What gates decided, by name, `[N]` or `[N, r]`: bool, or the arm of a route.
     """
 
+    knobs: Knobs
     exits: tuple[str, ...]
     confidence: NDArray[np.float32]
     nll: NDArray[np.float32] | None
     losses: Array
     correct: Array | None
     binary: bool
-    labels: NDArray[np.intp] | None
     predicted: NDArray[np.intp] | None
-    gallery: Gallery
+    decisions: Mapping[str, NDArray[Any]]
 
     def at(self, temperatures: NDArray[np.intp]) -> Scores:
         """Scores with one temperature of the grid per exit, `[E]`."""
@@ -67,6 +72,27 @@ class Recording:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """The scores of all samples, by knob setting.
+
+    Attributes:
+        runs: At each knob setting; the first has all gates open: its end is the static model.
+        labels: Class of each sample, `[N]`; None where samples have not exactly one.
+        gallery: The images that are easiest and hardest.
+        examples: Some inputs, for pictures of what gates do.
+        seen: Samples that knobs were chosen on, which must not be held out; empty without gates.
+        among: How many samples, from the first, those were drawn from.
+    """
+
+    runs: tuple[Run, ...]
+    labels: NDArray[np.intp] | None
+    gallery: Gallery
+    examples: Examples
+    seen: Indices
+    among: int
+
+
 def record(
     dyn: DynamicModule,
     data: Any,
@@ -76,19 +102,26 @@ def record(
     batch_size: int,
     device: torch.device | str | None,
     progress: bool,
+    groups: Mapping[str, Sequence[str]],
+    seed: int = 0,
+    design_all: bool = False,
 ) -> Recording:
-    """Run the data through `dyn.trace` once, in eval mode, and leave `dyn` as it was.
+    """Run the data through `dyn.trace`, in eval mode, and leave `dyn` as it was.
 
-    Samples all of whose labels are -100 are left out: no risk can be told of them.
+    The data pass once; of a model with gates every batch is run at each knob setting. Samples all of whose labels are
+    -100 are left out: no risk can be told of them.
 
     Args:
-        dyn: A dynamic model with exits.
+        dyn: A dynamic model with exits or gates.
         data: What `dyncompile.data.as_loader` takes.
         loss: The loss to record.
         named: Whether it is one of this package's own, whose values for targets `[N]` are 0 or 1.
         batch_size: Samples per batch.
         device: Where to run; None for where the model is.
         progress: Show a progress bar.
+        groups: Gates that share a knob, by group.
+        seed: Of the draw of the samples that knobs are chosen on.
+        design_all: No sample is held out, so knobs may be chosen on all.
 
     Raises:
         DataError: The data are empty, hold NaN, or do not fit the model.
@@ -96,74 +129,168 @@ def record(
         ArgumentError: The loss is not `[N]` in [0, 1].
     """
     loader = as_loader(data, batch_size=batch_size, batch_dims=dyn.recipe.batch_dims)
-    rows: list[dict[str, Tensor]] = []
-    flat = True
-    unlabelled = 0
-    gallery = Gallery()
+    tape = _Tape(dyn, loss, groups)
     with _running(dyn, device) as where, torch.no_grad():
-        for inputs, targets in _shown(loader, progress=progress):
-            moved: tuple[Inputs, Tensor] = tree_map(
-                lambda leaf: leaf.to(where) if isinstance(leaf, Tensor) else leaf, (inputs, targets)
-            )
-            scored = _score(dyn, *moved, loss)
-            kept = _labelled(targets) if dyn.task == "classification" else torch.ones(len(targets), dtype=torch.bool)
-            rows.append({name: column[kept] for name, column in scored.items()})
-            unlabelled += len(kept) - int(kept.sum())
-            gallery.add(moved[0], scored["confidence"], kept)
-            flat = flat and targets.ndim == 1
-    columns = {name: torch.cat([row[name] for row in rows]).numpy() for name in rows[0]} if rows else {}
-    if not columns or not len(columns["losses"]):
-        found = f"{unlabelled} samples without any label" if unlabelled else "no samples"
-        raise DataError("data", found=found, expected="at least one that is labelled" if unlabelled else "at least one")
-    if unlabelled:
-        warnings.warn(f"calibration leaves out {unlabelled} samples without any label", stacklevel=3)
-    return Recording(
-        exits=tuple(dyn.exits),
-        confidence=columns["confidence"].astype(np.float32),
-        nll=columns.get("nll"),
-        losses=columns["losses"].astype(np.float64),
-        correct=columns["correct"].astype(np.float64) if "correct" in columns else None,
-        binary=named and flat,
-        labels=columns.get("labels"),
-        predicted=columns.get("predicted"),
-        gallery=gallery,
-    )
+        batches = _shown(loader, progress=progress)
+        if groups:
+            tape.probe(batches, where, seed=seed, design_all=design_all)
+        for inputs, targets in batches:
+            tape.add(inputs, targets, where)
+    return tape.recording(named=named)
 
 
-def _score(dyn: DynamicModule, inputs: Inputs, targets: Tensor, loss: Loss) -> dict[str, Tensor]:
-    """Scores of one batch, on the CPU."""
+class _Tape:
+    """Takes in batch after batch."""
+
+    def __init__(self, dyn: DynamicModule, loss: Loss, groups: Mapping[str, Sequence[str]]) -> None:
+        self.dyn = dyn
+        self.loss = loss
+        self.groups = groups
+        self.settings: list[Knobs] = [()]
+        self.rows: list[list[dict[str, Tensor]]] = []
+        self.flat = True
+        self.unlabelled = 0
+        self.gallery = Gallery()
+        self.examples = Examples()
+        self.seen: Indices = np.zeros(0, dtype=np.intp)
+        self.among = 0
+
+    def probe(self, batches: Iterator[Batch], where: torch.device, *, seed: int, design_all: bool) -> None:
+        """Choose knob settings on a random part of the first samples, as large as that to design on; then record all.
+
+        They are drawn before the number of samples is known, and `certify.split` designs on them. So no held-out sample
+        has a say in what is tried, and the data need to be read but once.
+        """
+        kept: list[tuple[Inputs, Tensor, Tensor]] = []
+        while self.among < _PROBED and (batch := next(batches, None)) is not None:
+            labelled = self._counted(batch[1])
+            kept.append((*batch, labelled))
+            self.among += int(labelled.sum())
+        count = self.among if design_all else designed(self.among)
+        self.seen = np.random.default_rng(seed).permutation(self.among)[:count]
+        chosen = torch.zeros(self.among, dtype=torch.bool)
+        chosen[torch.from_numpy(self.seen)] = True
+        looked: list[tuple[Inputs, Tensor]] = []
+        for inputs, _, labelled in kept:
+            here = torch.zeros(len(labelled), dtype=torch.bool)
+            here[labelled], chosen = chosen[: int(labelled.sum())], chosen[int(labelled.sum()) :]
+            looked.append((inputs, here))
+        self.settings = grid(self.dyn, self.groups, looked, where)
+        for inputs, targets, _ in kept:
+            self.add(inputs, targets, where)
+
+    def add(self, inputs: Inputs, targets: Tensor, where: torch.device) -> None:
+        """Record one batch at every setting."""
+        moved: tuple[Inputs, Tensor] = tree_map(
+            lambda leaf: leaf.to(where) if isinstance(leaf, Tensor) else leaf, (inputs, targets)
+        )
+        kept = self._counted(targets)
+        final: Tensor | None = None
+        row: list[dict[str, Tensor]] = []
+        for knobs in self.settings:
+            with turned(self.dyn, self.groups, knobs):
+                scored, final = _score(self.dyn, *moved, self.loss, final)
+            row.append(scored)
+        self.rows.append([{name: column[kept] for name, column in scored.items()} for scored in row])
+        self.unlabelled += len(kept) - int(kept.sum())
+        # With gates as trained, if there are any: what costs much then is hard, where no exit says so.
+        shown = row[min(1, len(row) - 1)]
+        self.gallery.add(moved[0], shown["confidence"] if len(self.dyn.exits) else -shown["cost"][:, None], kept)
+        if self.groups:
+            self.examples.add(moved[0], kept)
+        self.flat = self.flat and targets.ndim == 1
+
+    def _counted(self, targets: Tensor) -> Tensor:
+        """Which samples have a label at all, `[N]`, on the CPU."""
+        if self.dyn.task != "classification":
+            return torch.ones(len(targets), dtype=torch.bool)
+        return (targets != IGNORE_INDEX).reshape(len(targets), -1).any(1).cpu()
+
+    def recording(self, *, named: bool) -> Recording:
+        """What was recorded."""
+        if not self.rows or not any(len(row[0]["losses"]) for row in self.rows):
+            found = f"{self.unlabelled} samples without any label" if self.unlabelled else "no samples"
+            expected = "at least one that is labelled" if self.unlabelled else "at least one"
+            raise DataError("data", found=found, expected=expected)
+        if self.unlabelled:
+            warnings.warn(f"calibration leaves out {self.unlabelled} samples without any label", stacklevel=4)
+        has_labels = "labels" in self.rows[0][0]
+        return Recording(
+            runs=tuple(self._run(index, binary=named and self.flat) for index in range(len(self.settings))),
+            labels=torch.cat([row[0]["labels"] for row in self.rows]).numpy() if has_labels else None,
+            gallery=self.gallery,
+            examples=self.examples,
+            seen=self.seen,
+            among=self.among,
+        )
+
+    def _columns(self, index: int) -> dict[str, NDArray[Any]]:
+        first = self.rows[0][index]
+        return {name: torch.cat([row[index][name] for row in self.rows]).numpy() for name in first}
+
+    def _run(self, index: int, *, binary: bool) -> Run:
+        columns = self._columns(index)
+        return Run(
+            knobs=self.settings[index],
+            exits=tuple(self.dyn.exits),
+            confidence=columns["confidence"].astype(np.float32),
+            nll=columns.get("nll"),
+            losses=columns["losses"].astype(np.float64),
+            correct=columns["correct"].astype(np.float64) if "correct" in columns else None,
+            binary=binary,
+            predicted=columns.get("predicted"),
+            decisions={k.removeprefix(_DECISION): v for k, v in columns.items() if k.startswith(_DECISION)},
+        )
+
+
+_DECISION = "decision of "
+
+
+def _score(
+    dyn: DynamicModule, inputs: Inputs, targets: Tensor, loss: Loss, static: Tensor | None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Scores of one batch, on the CPU, and the static model's prediction, which is that of the first setting."""
     exits = {name: module for name, module in dyn.exits.items() if isinstance(module, Exit)}
     trace = call(dyn.trace, inputs)
     predictions = {**{name: trace.exits[name] for name in exits}, "final": trace.final}
     for name, prediction in predictions.items():
         if not bool(prediction.isfinite().all()):
             raise CalibrationError(f"the prediction of {name!r} is NaN or infinite")
+    static = trace.final if static is None else static
     if dyn.task == "classification":
-        dim = next(iter(exits.values())).class_dim
-        logits = [classes_first(prediction, dim) for prediction in predictions.values()]
+        dim = _class_dim(exits, trace.final, targets)
+        *logits, reference = [classes_first(prediction, dim) for prediction in (*predictions.values(), static)]
         _check_labels(logits[-1], targets)
         right = [mean_of_labelled((p.argmax(1) == targets).float(), targets) for p in logits]
-        columns = {
-            "correct": torch.stack(right, 1),
-            "nll": torch.stack([_likelihoods(p, targets) for p in logits[:-1]], 1),
-            "confidence": _confidences(exits, trace),
-        }
+        columns = {"correct": torch.stack(right, 1)}
+        if exits:
+            columns["nll"] = torch.stack([_likelihoods(p, targets) for p in logits[:-1]], 1)
+            columns["confidence"] = _confidences(exits, trace)
         if targets.ndim == 1:
             columns["labels"] = targets
             columns["predicted"] = torch.stack([p.argmax(1) for p in logits], 1)
     else:
-        logits = list(predictions.values())
-        columns = {"confidence": torch.stack([trace.confidence[n] for n in exits], 1)[..., None]}
-    columns["losses"] = torch.stack([_loss(loss, p, targets, logits[-1]) for p in logits], 1)
-    confidence = columns["confidence"]
+        logits, reference = list(predictions.values()), static
+        columns = {}
+        if exits:
+            columns["confidence"] = torch.stack([trace.confidence[n] for n in exits], 1)[..., None]
+    columns["losses"] = torch.stack([_loss(loss, p, targets, reference) for p in logits], 1)
+    confidence = columns.setdefault("confidence", torch.zeros(len(targets), 0, 1, device=targets.device))
     if not bool(((confidence >= 0) & (confidence <= 1)).all()):
         raise CalibrationError("a confidence is NaN or outside [0, 1]: check the exits' criterion")
-    return {name: column.cpu() for name, column in columns.items()}
+    columns["cost"] = trace.cost
+    for name, value in trace.decisions.items():
+        if name not in exits:
+            columns[_DECISION + name] = value if value.dtype == torch.bool else value.to(torch.uint8)
+    return {name: column.cpu() for name, column in columns.items()}, static
 
 
-def _labelled(targets: Tensor) -> Tensor:
-    """Which samples have a label at all, `[N]`, on the CPU."""
-    return (targets != IGNORE_INDEX).reshape(len(targets), -1).any(1).cpu()
+def _class_dim(exits: Mapping[str, Exit], final: Tensor, targets: Tensor) -> int:
+    if exits:
+        return next(iter(exits.values())).class_dim
+    from dyncompile.training.losses import class_dim
+
+    return class_dim(final, targets, "data")
 
 
 def _likelihoods(logits: Tensor, targets: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ cost.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,9 @@ from dyncompile.calibration.risk import Array
 
 Levels = tuple[int, ...]
 CostOf = Callable[[tuple[bool, ...]], Array]
-"""Which exits are enabled -> cost of leaving at each exit and at the end, `[E + 1]`."""
+"""Which exits are enabled -> cost of leaving at each exit and at the end: `[E + 1]`, or by sample `[N, E + 1]`."""
+
+Key = TypeVar("Key", bound=tuple[Any, ...])
 
 _PRICES = 48
 _STEPS = 4
@@ -30,7 +33,7 @@ class ThresholdSpace:
 
     Args:
         confidence: Confidences of the samples that the search may look at, `[N, E]`.
-        cost_of: Cost by exit, for any set of enabled exits.
+        cost_of: Cost by exit, for any set of enabled exits; of these samples, if by sample.
         resolution: Quantiles per exit.
     """
 
@@ -49,7 +52,7 @@ class ThresholdSpace:
         return tuple(level < off for level, off in zip(levels, self.off, strict=True))
 
     def costs(self, levels: Levels) -> Array:
-        """Cost of leaving at each exit and at the end, `[E + 1]`."""
+        """Cost of leaving at each exit and at the end, `[E + 1]` or `[N, E + 1]`."""
         return self._cost_of(self.enabled(levels))
 
     def passed(self, confidence: NDArray[np.float32]) -> NDArray[np.int32]:
@@ -59,6 +62,8 @@ class ThresholdSpace:
         """
         columns = zip(self.grids, confidence.T, strict=True)
         counts = [np.searchsorted(grid, column, side="right") for grid, column in columns]
+        if not counts:
+            return np.zeros(confidence.shape, dtype=np.int32)
         return np.asfortranarray(np.stack(counts, axis=1).astype(np.int32))
 
     def leave(self, passed: NDArray[np.int32], levels: Levels) -> NDArray[np.intp]:
@@ -68,10 +73,19 @@ class ThresholdSpace:
             np.putmask(leave, passed[:, index] > levels[index], index)
         return leave
 
-    def outcome(self, passed: NDArray[np.int32], losses: Array, levels: Levels) -> tuple[Array, Array]:
-        """Loss and cost of each sample under a vector of levels, `[N]` each."""
+    def outcome(
+        self, passed: NDArray[np.int32], losses: Array, levels: Levels, costs: Array | None = None
+    ) -> tuple[Array, Array]:
+        """Loss and cost of each sample under a vector of levels, `[N]` each.
+
+        Args:
+            passed: What `passed` gave, `[N, E]`.
+            losses: Losses by exit and at the end, `[N, E + 1]`.
+            levels: The vector.
+            costs: `[E + 1]` or `[N, E + 1]`; None where they are those of the samples that are searched.
+        """
         leave = self.leave(passed, levels)
-        return losses[np.arange(len(leave)), leave], self.costs(levels)[leave]
+        return losses[np.arange(len(leave)), leave], cost_at(self.costs(levels) if costs is None else costs, leave)
 
     def descend(self, passed: NDArray[np.int32], losses: Array, price: float, start: Levels) -> Levels:
         """Coordinate descent on `sum(cost + price * loss)`, exact in each coordinate.
@@ -106,13 +120,13 @@ class ThresholdSpace:
             on = list(levels)
             on[index] = 0
             costs = self.costs(tuple(on))
-            stay = (costs[leave] + onward)[here]
-            gain = costs[index] + price * losses[here, index] - stay
+            stay = (cost_at(costs, leave) + onward)[here]
+            gain = cost_here(costs, index, here) + price * losses[here, index] - stay
             histogram = np.bincount(passed[here, index], weights=gain, minlength=self.off[index] + 1)
             # totals[l]: everything that passes more than l thresholds leaves here.
             totals = histogram[::-1].cumsum()[::-1][1:] + stay.sum()
             best = len(totals) - 1 - int(totals[::-1].argmin())  # the safest of equals
-            without = (self.costs(tuple(off))[leave] + onward)[here].sum()
+            without = (cost_at(self.costs(tuple(off)), leave) + onward)[here].sum()
             levels[index] = best if totals[best] < without - 1e-9 * samples else self.off[index]
             leave = np.where(passed[:, index] > levels[index], index, leave)
 
@@ -131,24 +145,11 @@ class ThresholdSpace:
         means = {v: self._means(passed, losses, v) for v in self._candidates(passed, losses)}
         # Coordinate descent finds the corners of the convex hull; fill in between neighbours.
         for fill in (_crossed, _between, _between):
-            front = self._front(means)
-            for levels in itertools.chain.from_iterable(map(fill, front, front[1:])):
+            found = front(means, self.off)
+            for levels in itertools.chain.from_iterable(map(fill, found, found[1:])):
                 if levels not in means:
                     means[levels] = self._means(passed, losses, levels)
-        return self._front(means)
-
-    def _front(self, means: dict[Levels, tuple[float, float]]) -> list[Levels]:
-        """By rising risk, each cheaper than all before it and none dearer than all exits off.
-
-        Of equal empirical risk the dearest comes first: on other samples it is likely the safest.
-        """
-        kept: list[Levels] = []
-        cheapest, ceiling = np.inf, means[self.off][1]
-        for (_, saving), levels in sorted(((risk, -cost), v) for v, (risk, cost) in means.items()):
-            if -saving < cheapest and (-saving < ceiling or levels == self.off):
-                kept.append(levels)
-                cheapest = -saving
-        return kept
+        return front(means, self.off)
 
     def _candidates(self, passed: NDArray[np.int32], losses: Array) -> Iterator[Levels]:
         prices = np.geomspace(len(passed), 0.05, _PRICES)
@@ -162,6 +163,35 @@ class ThresholdSpace:
     def _means(self, passed: NDArray[np.int32], losses: Array, levels: Levels) -> tuple[float, float]:
         loss, cost = self.outcome(passed, losses, levels)
         return float(loss.mean()), float(cost.mean())
+
+
+def front(means: Mapping[Key, tuple[float, float]], static: Key) -> list[Key]:
+    """Candidates by rising risk, each cheaper than all before it and none dearer than the static model.
+
+    Of equal empirical risk the dearest comes first: on other samples it is likely the safest.
+
+    Args:
+        means: Mean risk and cost of each candidate on the samples that are searched.
+        static: The candidate that saves nothing.
+    """
+    kept: list[Key] = []
+    cheapest, ceiling = np.inf, means[static][1]
+    for (_, saving), candidate in sorted(((risk, -cost), v) for v, (risk, cost) in means.items()):
+        if -saving < cheapest and (-saving < ceiling or candidate == static):
+            kept.append(candidate)
+            cheapest = -saving
+    return kept
+
+
+def cost_at(costs: Array, leave: NDArray[np.intp]) -> Array:
+    """Cost of each sample by where it leaves, `[N]`."""
+    found: Array = costs[leave] if costs.ndim == 1 else costs[np.arange(len(leave)), leave]
+    return found
+
+
+def cost_here(costs: Array, index: int, here: NDArray[np.bool_]) -> Any:
+    """Cost of leaving at one exit: one for all, or of each of the samples `here`."""
+    return costs[index] if costs.ndim == 1 else costs[here, index]
 
 
 def _grid(confidence: NDArray[np.float32], resolution: int) -> NDArray[np.float32]:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from dyncompile.nn.heads import Feature
-from dyncompile.nn.policies import ConvolutionalPolicy, opening
+from dyncompile.nn.policies import ConvolutionalPolicy, last_layer
 
 
 class FramePolicy(nn.Module):
@@ -24,7 +24,7 @@ class FramePolicy(nn.Module):
             feature = Feature(shape=(1, *shape), batch_dim=0, channel_dim=1)
             self.layers: nn.Module = ConvolutionalPolicy(feature, hidden, 1)
         else:
-            self.layers = nn.Sequential(nn.Linear(shape[0], hidden), nn.ReLU(), opening(hidden, 1))
+            self.layers = nn.Sequential(nn.Linear(shape[0], hidden), nn.ReLU(), last_layer(hidden, 1))
 
     def forward(self, frames: Tensor) -> Tensor:
         """Logits `[R]` for frames `[R, ...]`."""

@@ -20,17 +20,18 @@ class TopKGate(Gate):
         estimator: How one of D is drawn; "reinforce" is refused, since the probability of a set of draws is not the
             product of its members'.
         k: How many, from 1 to D - 1.
+        decisions: D.
     """
 
-    def __init__(self, policy: nn.Module, *, estimator: Estimator, k: int) -> None:
-        super().__init__(policy, estimator=estimator)
+    def __init__(self, policy: nn.Module, *, estimator: Estimator, k: int, decisions: int) -> None:
+        super().__init__(policy, estimator=estimator, decisions=decisions)
         if isinstance(estimator, Reinforce):
             raise ArgumentError("estimator", found="'reinforce'", expected="another one with top_k")
         self.k = k
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Decide: `[..., D]` with k ones a row; and how often k draws would take each, `[..., D]`, at most 1."""
-        logits = self.policy(*inputs)
+        logits = self.settle(self.policy(*inputs))
         return self._decide(logits), (self.k * torch.softmax(logits, -1)).clamp(max=1)
 
     def _decide(self, logits: Tensor) -> Tensor:

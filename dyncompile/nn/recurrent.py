@@ -194,7 +194,7 @@ class StepGate(Gate):
     """
 
     def __init__(self, policy: nn.Module, *, estimator: Estimator, layer: SkippingLayer) -> None:
-        super().__init__(policy, estimator=estimator)
+        super().__init__(policy, estimator=estimator, standardise=False)
         self.layer = layer
 
     def forward(  # type: ignore[override]

@@ -23,7 +23,7 @@ from dyncompile.errors import ArgumentError, DataError, require
 from dyncompile.module import DynamicModule
 from dyncompile.training.losses import class_dim
 from dyncompile.training.objectives import Distillation, LearnedConfidence, Objective
-from dyncompile.training.parts import Mode, learning, preserved
+from dyncompile.training.parts import Mode, default_backbone_lr, learning, preserved
 from dyncompile.training.schedule import GateSchedule
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
@@ -78,6 +78,7 @@ def finetune(
     objective: Objective | None = None,
     target_cost: float | GateSchedule | None = None,
     lr: float = 2e-3,
+    backbone_lr: float | None = None,
     optimizer: Callable[[list[dict[str, Any]]], Optimizer] = torch.optim.AdamW,
     batch_size: int = 64,
     precision: Precision = "32-true",
@@ -114,7 +115,8 @@ def finetune(
             enabled after a warm-up and annealed to it, and the cost's distance to it and a guard against dead and
             always-open gates are added to the objective. A `GateSchedule` sets the details. Exits are not counted:
             their thresholds are `calibrate`'s. None: gates stay as they are.
-        lr: Learning rate of what was inserted; the backbone's is a tenth of it.
+        lr: Learning rate of what was inserted.
+        backbone_lr: That of the backbone. Default: a tenth of `lr`, and with `target_cost` as much.
         optimizer: Makes the optimizer from parameter groups that carry their `lr`.
         batch_size: Samples per batch and process, for data that is not a DataLoader.
         precision: Of the computation; weights stay as they are.
@@ -148,8 +150,10 @@ def finetune(
     for name, choice, choices in (("mode", mode, Mode), ("precision", precision, Precision)):
         if choice not in get_args(choices):
             raise ArgumentError(name, found=repr(choice), expected=f"one of {get_args(choices)}")
-    if not lr > 0:
-        raise ArgumentError("lr", found=lr, expected="a number above 0")
+    backbone_lr = default_backbone_lr(lr, gated=target_cost is not None) if backbone_lr is None else backbone_lr
+    for name, value in (("lr", lr), ("backbone_lr", backbone_lr)):
+        if not value > 0:
+            raise ArgumentError(name, found=value, expected="a number above 0")
     if patience is not None and val_data is None:
         raise ArgumentError("patience", found=patience, expected="val_data beside it")
     if directory is None and (resume or num_nodes > 1):
@@ -184,6 +188,7 @@ def finetune(
             mode=mode,
             optimizer=optimizer,
             lr=lr,
+            backbone_lr=backbone_lr,
             seed=seed,
             schedule=schedule,
         )

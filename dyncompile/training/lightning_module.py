@@ -45,6 +45,7 @@ class FineTuning(LightningModule):
         mode: Mode,
         optimizer: Callable[[list[dict[str, Any]]], Optimizer],
         lr: float,
+        backbone_lr: float,
         seed: int,
         schedule: GateSchedule | None = None,
     ) -> None:
@@ -56,6 +57,7 @@ class FineTuning(LightningModule):
         self.mode = mode
         self.optimizer = optimizer
         self.lr = lr
+        self.backbone_lr = backbone_lr
         self.seed = seed
         self.schedule = schedule
         self.target_cost = None if schedule is None else schedule.target_cost
@@ -66,7 +68,7 @@ class FineTuning(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and a learning rate that changes with each step."""
-        optimizer = self.optimizer(parameter_groups(self.dyn, self.lr))
+        optimizer = self.optimizer(parameter_groups(self.dyn, self.lr, self.backbone_lr))
         # The number of batches is known only after this, and infinite until then.
         schedule = LambdaLR(optimizer, self._cosine)
         return {

@@ -13,9 +13,6 @@ Mode = Literal["heads", "joint"]
 INSERTED = ("exits", "gates")
 """The children of a dynamic model that passes inserted; the others are its backbone."""
 
-BACKBONE_LR = 0.1
-"""Learning rate of the backbone over that of what is inserted, which starts from random weights."""
-
 
 def set_training(dyn: nn.Module, mode: Mode) -> None:
     """Put a dynamic model into training mode.
@@ -30,11 +27,19 @@ def set_training(dyn: nn.Module, mode: Mode) -> None:
                 child.eval()
 
 
-def parameter_groups(dyn: nn.Module, lr: float) -> list[dict[str, Any]]:
-    """The parameters that require a gradient, those of the backbone at a tenth of `lr`."""
+def default_backbone_lr(lr: float, *, gated: bool) -> float:
+    """The backbone's learning rate beside that of what is inserted, which starts from random weights.
+
+    Exits leave what the backbone computes as it is; behind gates it sees other values, and learns at the full rate.
+    """
+    return lr if gated else 0.1 * lr
+
+
+def parameter_groups(dyn: nn.Module, lr: float, backbone_lr: float) -> list[dict[str, Any]]:
+    """The parameters that require a gradient, those of the backbone at a rate of their own."""
     inserted = _inserted(dyn)
     groups = []
-    for rate, chosen in ((lr, True), (BACKBONE_LR * lr, False)):
+    for rate, chosen in ((lr, True), (backbone_lr, False)):
         learning = [p for p in dyn.parameters() if p.requires_grad and (p in inserted) is chosen]
         if learning:
             groups.append({"params": learning, "lr": rate})

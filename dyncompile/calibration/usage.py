@@ -1,0 +1,153 @@
+"""What gates did: which work ran for which sample, and inputs to show beside it."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
+
+from dyncompile.cost import guard_probability
+from dyncompile.data import Inputs
+from dyncompile.module import DynamicModule, decision_owners, decision_routes
+
+_SIDE = 96
+_EXAMPLES = 240
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Usage:
+    """What ran for M samples.
+
+    Attributes:
+        ran: For each decision of a gate that is on, in order of execution: whether what it controls ran, `[M]`, or for
+            each of a sample's r rows (frames, tokens) `[M, r]`. 0 or 1, or of a route with K arms k / (K - 1) for arm
+            k. What lies behind an exit that the sample took, or in a block that another gate skipped, did not run.
+        groups: Decisions by the pass that inserted their gates.
+        labels: Class of each sample, `[M]`; None where samples have not exactly one.
+        examples: Inputs of some of the samples, by their index: an image `[C, H, W]`, a sequence `[T, D]` or a video
+            `[T, C, H, W]`.
+    """
+
+    ran: Mapping[str, NDArray[np.float32]]
+    groups: Mapping[str, tuple[str, ...]]
+    labels: NDArray[np.intp] | None
+    examples: Mapping[int, NDArray[np.float32]]
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """By decision, the share of the samples for which it ran."""
+        return {name: float(ran.mean(dtype=np.float64)) for name, ran in self.ran.items()}
+
+
+def work(
+    dyn: DynamicModule,
+    decisions: Mapping[str, NDArray[Any]],
+    leave: NDArray[np.intp],
+    enabled: Sequence[str],
+) -> dict[str, NDArray[np.float32]]:
+    """Whether what each gate controls ran; see `Usage.ran`.
+
+    Args:
+        dyn: A dynamic model, its gates set as they were when they decided.
+        decisions: What gates decided, `[M]` or `[M, r]`.
+        leave: Index of the exit at which each sample leaves, `[M]`; the number of exits for the end.
+        enabled: Exits that are used.
+    """
+    made = {name: torch.from_numpy(np.asarray(value)) for name, value in decisions.items()}
+    left = {name: torch.from_numpy(leave == index) for index, name in enumerate(dyn.exits)}
+    units = {unit.name: unit for region in dyn.cost_model(list(enabled)).regions for unit, _ in region.guard}
+    routes = decision_routes(dyn.graph.fx)
+    found = {}
+    for name, value in made.items():
+        if name not in units:
+            continue  # its gate is off
+        highest = routes.get(name, 2) - 1
+        activation = value.float() / highest
+        reached = guard_probability(units[name].guard, {**made, **left}, len(leave))
+        if reached.dim() < activation.dim():
+            reached = reached.unsqueeze(1)
+        found[name] = (activation * reached).numpy()
+    return found
+
+
+def decisions_by_group(
+    dyn: DynamicModule, groups: Mapping[str, Sequence[str]], names: Collection[str]
+) -> dict[str, tuple[str, ...]]:
+    """Those of the decisions `names` that each group's gates make, in order of execution."""
+    owners = decision_owners(dyn.graph.fx)
+    found = {
+        group: tuple(name for name, owner in owners.items() if owner in gates and name in names)
+        for group, gates in groups.items()
+    }
+    return {group: made for group, made in found.items() if made}
+
+
+class Examples:
+    """Keeps some inputs while the data pass by: of all samples, each as likely as any other.
+
+    Args:
+        count: How many.
+        seed: Of the draw.
+    """
+
+    def __init__(self, count: int = _EXAMPLES, seed: int = 0) -> None:
+        self.count = count
+        self._draw = np.random.default_rng(seed)
+        self._kept: dict[int, NDArray[np.float32]] = {}
+        self._places: list[int] = []
+        self._seen = 0
+
+    def add(self, inputs: Inputs, counted: Tensor) -> None:
+        """Look at one batch.
+
+        Args:
+            inputs: Of the batch; its first leaf that is an image, a sequence or a video is kept from.
+            counted: Which samples are looked at, `[N]`; the others have no index.
+        """
+        shown = [
+            x for x in tree_leaves(inputs) if isinstance(x, Tensor) and _can_be_shown(x) and len(x) == len(counted)
+        ]
+        if shown:
+            for row in counted.nonzero()[:, 0].tolist():
+                self._offer(self._seen, shown[0][row])
+                self._seen += 1
+        else:
+            self._seen += int(counted.sum())
+
+    def _offer(self, index: int, value: Tensor) -> None:
+        """Reservoir sampling (algorithm R)."""
+        if len(self._places) < self.count:
+            self._places.append(index)
+        else:
+            place = int(self._draw.integers(index + 1))
+            if place >= self.count:
+                return
+            del self._kept[self._places[place]]
+            self._places[place] = index
+        self._kept[index] = _small(value)
+
+    def of(self, samples: NDArray[np.intp]) -> dict[int, NDArray[np.float32]]:
+        """The inputs of those of `samples` that were kept, by their place in it."""
+        return {i: self._kept[index] for i, index in enumerate(samples.tolist()) if index in self._kept}
+
+
+def _can_be_shown(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point() or tensor.ndim not in (3, 4, 5):
+        return False
+    return tensor.ndim == 3 or (tensor.shape[-3] in (1, 3) and min(tensor.shape[-2:]) > 1)
+
+
+def _small(value: Tensor) -> NDArray[np.float32]:
+    value = value.detach().float()
+    side = max(value.shape[-2:])
+    if value.ndim > 2 and side > _SIDE:
+        size = [max(1, round(n * _SIDE / side)) for n in value.shape[-2:]]
+        value = F.interpolate(value if value.ndim == 4 else value[None], size, mode="area").reshape(
+            *value.shape[:-2], *size
+        )
+    return np.asarray(value.cpu().numpy()).copy()

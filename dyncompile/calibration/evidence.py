@@ -104,7 +104,7 @@ class Gallery:
 
 def left_at(confidence: NDArray[np.float32], thresholds: Sequence[float], enabled: Sequence[bool]) -> NDArray[np.intp]:
     """Index of the first enabled exit whose threshold the confidence `[N, E]` reaches; else E."""
-    fires = (confidence >= np.array(thresholds, dtype=np.float32)) & np.array(enabled)
+    fires = (confidence >= np.array(thresholds, dtype=np.float32)) & np.array(enabled, dtype=bool)
     ends = np.ones((len(fires), 1), dtype=bool)
     index: NDArray[np.intp] = np.concatenate([fires, ends], 1).argmax(1)
     return index

@@ -93,7 +93,7 @@ def running(report: Report, name: str, case: Case, *, quick: bool, device: str) 
         rounds = 2 if quick else ROUNDS[batch]
         x = case.inputs(batch, device)
         static = {**forms(model, compilers=not quick), WHOLE: entire}
-        static = _contenders(static, x, rounds=2 if quick else 5, device=device)
+        static = contenders(static, x, rounds=2 if quick else 5, device=device)
         calls = {**static, "nobody": fast, "smaller": small}
         streams = {
             f"{_spell(share)} {where}": _leaving(share, len(costs) - 1, spread=where == "spread")
@@ -144,7 +144,7 @@ def running(report: Report, name: str, case: Case, *, quick: bool, device: str) 
                 timing = times[stream]
                 counted = sum(costs[i] for i in parts[stream].tolist()) / batch
             _row(table, f"dynamic, {stream}", timing, times[twin], counted)
-            realised = timing.over(times[twin]).map(partial(_realised, counted))
+            realised = timing.over(times[twin]).map(partial(realised_saving, counted))
             report.targets.append(
                 Target(
                     what=f"{name}, batch {batch}: realised over counted saving, {stream}",
@@ -158,7 +158,7 @@ def running(report: Report, name: str, case: Case, *, quick: bool, device: str) 
         report.tables.append(table)
 
 
-def _contenders(
+def contenders(
     static: Mapping[str, Callable[[Tensor], Tensor]], x: Tensor, *, rounds: int, device: str
 ) -> dict[str, Callable[[Tensor], Tensor]]:
     """The static forms within a tenth of the fastest: one of them is the twin."""
@@ -192,14 +192,14 @@ def _checked(fast: LoweredModule, x: Tensor) -> None:
         raise RuntimeError(f"samples left where none was to: {fast.last_run}")
 
 
-def _realised(counted: float, over: float) -> float:
+def realised_saving(counted: float, over: float) -> float:
     """Saving by the clock over saving by count."""
     return (1 - over) / (1 - counted)
 
 
 def _row(table: Table, what: str, timing: Timing, twin: Timing, counted: float | None) -> None:
     over = timing.over(twin).value
-    realised = "" if counted is None or counted > 0.999 else _realised(counted, over)
+    realised = "" if counted is None or counted > 0.999 else realised_saving(counted, over)
     shown = "" if counted is None else counted
     table.rows.append([what, shown, 1e3 * timing.median, 1e3 * timing.iqr, over, realised])
 

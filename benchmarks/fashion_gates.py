@@ -1,4 +1,4 @@
-"""Gates on real data: Fashion-MNIST, a ResNet-20 trained here, converted, fine-tuned to a target cost and tested.
+"""Gates on real data: Fashion-MNIST, a ResNet-20 or ViT trained here, converted, fine-tuned to a target cost, tested.
 
 `python -m benchmarks.fashion_gates --strategy layer_skip --out fashion_gates.json` trains the static model (once:
 its weights are kept in `--cache`), and for each seed converts it, fine-tunes it to `--target-cost` and measures the
@@ -6,14 +6,15 @@ untouched test set: accuracy against the static model, cost counted by the decis
 was open. A seed that was stopped goes on where it was.
 
 Protocol:
-- The static model is that of the demo: trained on 55,000 augmented images; 5,000 are held out, 10,000 are the test set,
-  which is looked at once, after training.
+- The static model is one of the demo's: trained on 55,000 augmented images; 5,000 are held out, 10,000 are the test
+  set, which is looked at once, after training.
 - Nothing is chosen by the test set; the last weights are kept, gates decide as they come out of training (no bias).
 - All figures are of evaluation: hard decisions, batch norm statistics of the samples that reach each norm.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import shlex
 import sys
 import time
@@ -22,13 +23,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import dyncompile as dc
 from benchmarks import harness
 from benchmarks.cases import torchvision
 from benchmarks.harness import Report, Table, Target
 from dyncompile.demo.datasets import Images, load
-from dyncompile.demo.models import ResNet
+from dyncompile.demo.models import ResNet, VisionTransformer
 from dyncompile.demo.train import Augmented, Schedule, accuracy, train
 from dyncompile.training.gating import activation_rates
 
@@ -41,7 +43,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--strategy", default="layer_skip", help="a pass, or several joined by +")
     parser.add_argument("--target-cost", type=float, default=0.6)
-    parser.add_argument("--width", type=int, default=16, help="channels of the first stage")
+    parser.add_argument("--model", choices=["resnet20", "vit"], default="resnet20")
+    parser.add_argument("--width", type=int, help="channels of the first stage (16), or of a token (96)")
+    parser.add_argument("--patch", type=int, default=7, help="of a ViT")
     parser.add_argument("--epochs", type=int, default=8, help="of fine-tuning")
     parser.add_argument("--static-epochs", type=int, default=8)
     parser.add_argument("--lr", type=float, default=5e-3)
@@ -51,6 +55,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("fashion-gates"), help="static weights, stopped runs")
     parser.add_argument("--out", type=Path, default=Path("fashion_gates.json"), help="JSON; Markdown goes beside it")
     options = parser.parse_args()
+    options.width = options.width or {"resnet20": 16, "vit": 96}[options.model]
     torch.set_num_threads(1)
     with contextlib.suppress(ImportError):
         torchvision()  # which Lightning imports where it is there, even if it does not fit the installed torch
@@ -58,7 +63,7 @@ def main() -> None:
     if options.samples:
         images = _shortened(images, options.samples)
     options.cache.mkdir(parents=True, exist_ok=True)
-    static = static_model(images, options.width, options.static_epochs, options.cache)
+    static = static_model(images, options)
     test, labels = images.test.tensors
     with torch.no_grad():
         reference = accuracy(static, test, labels, batch_size=250)
@@ -66,7 +71,7 @@ def main() -> None:
         command=f"python -m benchmarks.fashion_gates {shlex.join(sys.argv[1:])}".strip(),
         machine=harness.machine("cpu"),
         settings={
-            "model": f"ResNet-20, width {options.width}, static accuracy {reference:.4f}",
+            "model": f"{_named(options)}, static accuracy {reference:.4f}",
             "data": f"{images.name}: {len(images.train)} to train, {len(images.test)} to test",
             "fine-tuning": f"{options.epochs} epochs, lr {options.lr}, target cost {options.target_cost}",
         },
@@ -77,18 +82,30 @@ def main() -> None:
     print(report.markdown())
 
 
-def static_model(images: Images, width: int, epochs: int, cache: Path) -> nn.Module:
+def static_model(images: Images, options: argparse.Namespace) -> nn.Module:
     """The static model, trained, or as it was kept."""
-    path = cache / f"resnet20-{width}.safetensors"
+    path = options.cache / f"{_named(options)}.safetensors"
     torch.manual_seed(0)
-    model = ResNet(20, width=width, classes=len(images.classes), in_channels=images.shape[0])
+    channels, size = images.shape[0], images.shape[-1]
+    schedule = Schedule(epochs=options.static_epochs, batch_size=128, learning_rate=0.1, autocast=_bfloat16())
+    if options.model == "vit":
+        sizes = {"patch": options.patch, "width": options.width}
+        model: nn.Module = VisionTransformer(size, classes=len(images.classes), in_channels=channels, **sizes)
+        schedule = dataclasses.replace(
+            schedule, learning_rate=2e-3, weight_decay=0.05, optimizer="adamw", autocast=False
+        )
+    else:
+        model = ResNet(20, width=options.width, classes=len(images.classes), in_channels=channels)
     if path.exists():
         model.load_state_dict(load_file(path))
         return model.eval()
-    schedule = Schedule(epochs=epochs, batch_size=128, learning_rate=0.1, autocast=_bfloat16())
     train(model, images, schedule, seed=0)
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
     return model
+
+
+def _named(options: argparse.Namespace) -> str:
+    return f"{options.model}-{options.width}" + (f"-patch{options.patch}" if options.model == "vit" else "")
 
 
 def one_seed(static: nn.Module, images: Images, options: argparse.Namespace, seed: int) -> dict[str, object]:
@@ -109,8 +126,8 @@ def one_seed(static: nn.Module, images: Images, options: argparse.Namespace, see
         target_cost=options.target_cost,
         lr=options.lr,
         batch_size=128,
-        precision="bf16-mixed" if _bfloat16() else "32-true",
-        directory=options.cache / f"{options.strategy}-{options.width}-{options.target_cost}-{options.epochs}-{seed}",
+        precision="bf16-mixed" if _bfloat16() and options.model != "vit" else "32-true",
+        directory=options.cache / f"{options.strategy}-{_named(options)}-{options.target_cost}-{options.epochs}-{seed}",
         resume=True,
         seed=seed,
         progress=False,
@@ -161,10 +178,6 @@ def summarise(report: Report, strategy: str, target: float, reference: float, fo
 
 
 def _shortened(images: Images, samples: int) -> Images:
-    import dataclasses
-
-    from torch.utils.data import TensorDataset
-
     kept = TensorDataset(*(tensor[:samples] for tensor in images.train.tensors))
     return dataclasses.replace(images, train=kept)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
-from dyncompile.demand import Guard, Region, analyse, specialise
+from dyncompile.demand import Guard, Region, Unit, analyse, conjunctions, specialise, stands_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +14,8 @@ class CostModel:
     """Cost of each region per sample, relative to the static model.
 
     Attributes:
-        regions: The demand regions of the graph with its disabled decisions taken out.
+        regions: The demand regions of the graph with its disabled decisions taken out; those of which a decision
+            scales the work follow the region that they lie in.
         weights: Cost of each region; 1.0 is the whole static model.
         static: What 1.0 stands for: FLOPs per sample (a multiply-add is two), or seconds.
     """
@@ -91,9 +92,30 @@ def cost_model(graph: fx.Graph, fixed: Mapping[str, int] | None = None, *, unit:
     """
     own = sum(node.meta.get(unit, 0.0) for node in graph.nodes if not node.meta.get("inserted"))
     reference = own or 1.0
-    regions = analyse(specialise(graph, fixed or {})).regions
-    weights = (sum(node.meta.get(unit, 0.0) for node in r.nodes) / reference for r in regions)
-    return CostModel(regions, tuple(weights), reference)
+    wholes = dict.fromkeys(conjunctions(graph), 0)
+    found = analyse(specialise(graph, wholes | dict(fixed or {}))).regions
+    regions = [part for region in found for part in _parts(region)]
+    weights = (sum(share * node.meta.get(unit, 0.0) for node, share in shares.items()) for _, shares in regions)
+    return CostModel(tuple(region for region, _ in regions), tuple(w / reference for w in weights), reference)
+
+
+def _parts(region: Region) -> list[tuple[Region, dict[fx.Node, float]]]:
+    """A region and, for each decision of which nodes in it do a share, a region of those: with each node's share.
+
+    Work in proportion to a decision costs what a region under that decision would.
+    """
+    own = dict.fromkeys(region.nodes, 1.0)
+    scaled: dict[str, dict[fx.Node, float]] = {}
+    for node in region.nodes:
+        if name := stands_in(node):
+            share = float(node.meta["share"])
+            own[node] = 1.0 - share
+            scaled.setdefault(name, {})[node] = share
+    parts = [(region, own)]
+    for shares in scaled.values():
+        guard = (*region.guard, (Unit(next(iter(shares)), region.guard), 1))
+        parts.append((Region(guard, tuple(shares)), shares))
+    return parts
 
 
 def exit_costs(model: CostModel, exits: Sequence[str]) -> dict[str, float]:
@@ -108,7 +130,7 @@ def exit_costs(model: CostModel, exits: Sequence[str]) -> dict[str, float]:
     """
     units = {unit.name: unit for region in model.regions for unit, _ in region.guard}
     count = len(exits) + 1
-    decisions = {name: torch.full((count,), len(unit.arms) - 1) for name, unit in units.items()}
+    decisions = {name: torch.full((count,), unit.last) for name, unit in units.items()}
     decisions = {name: arm if units[name].routed else arm.bool() for name, arm in decisions.items()}
     for i, name in enumerate(exits):
         decisions[name] = torch.arange(count) == i

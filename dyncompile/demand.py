@@ -3,6 +3,7 @@
 import dataclasses
 import operator
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from torch import fx
 
@@ -32,7 +33,7 @@ class Unit:
     @property
     def routed(self) -> bool:
         """Whether the decision is the route of a `switch`."""
-        return self.selects[0].target is SWITCH
+        return bool(self.selects) and self.selects[0].target is SWITCH
 
     @property
     def rows(self) -> int:
@@ -43,6 +44,11 @@ class Unit:
     def arms(self) -> list[fx.Node]:
         """The arms of the first select."""
         return arms_of(self.selects[0])
+
+    @property
+    def last(self) -> int:
+        """The last arm."""
+        return len(self.arms) - 1 if self.selects else 1
 
     def __repr__(self) -> str:
         return self.name
@@ -81,8 +87,8 @@ class Demand:
 
 
 def decision_name(node: fx.Node) -> str:
-    """The public name of a decision: the exit's or gate's, else the node's own."""
-    return str(node.meta.get("decision", node.name))
+    """The public name of a decision, or of the one that a node does a share of: the exit's or gate's, else its own."""
+    return str(node.meta.get("decision") or stands_in(node) or node.name)
 
 
 def _step(unit: Unit, arm: int) -> str:
@@ -185,12 +191,14 @@ def _depths(graph: fx.Graph) -> dict[fx.Node, int]:
     return depth
 
 
-def specialise(graph: fx.Graph, fixed: Mapping[str, int]) -> fx.Graph:
+def specialise(graph: fx.Graph, fixed: Mapping[str, int], *, training: bool = False) -> fx.Graph:
     """Copy a graph with some decisions known: their selects collapse to an arm, and what nobody needs is dropped.
 
     Args:
         graph: Left as it is.
         fixed: The arm that each known decision takes, by the decision's name.
+        training: Keep what does something in training only (metadata `training_only`); in evaluation its value is its
+            first argument.
 
     Returns:
         The copy; nodes keep their names and metadata.
@@ -202,8 +210,49 @@ def specialise(graph: fx.Graph, fixed: Mapping[str, int]) -> fx.Graph:
         if is_select(node) and decision_name(decision_of(node)) in fixed:
             node.replace_all_uses_with(arms_of(node)[fixed[decision_name(decision_of(node))]])
             copied.erase_node(node)
+        elif (name := stands_in(node)) and not training:
+            _settle(node, kept=fixed.get(name) == 1)
+        elif node.meta.get("training_only") and not training:
+            node.replace_all_uses_with(node.args[0])
+            copied.erase_node(node)
     sweep(copied)
     return copied
+
+
+def stands_in(node: fx.Node) -> str:
+    """Name of the decision of which a node does a share; empty if it is no such node.
+
+    Some work is not done or left undone as a whole: of a recurrent layer, the steps that a decision `[N * T]` keeps. A
+    module that does such a part *stands in* for nodes of the static model. Its first argument is the tuple of their
+    values (None for one that nobody reads), which its first results equal, to the bit, where all is kept; the node's
+    metadata hold the decision's name (`stands_in`) and the share of its cost that the decision scales (`share`). A
+    decision that is known to keep all leaves the static nodes, any other the module without them: lowering asks it
+    for the form that skips, `lowered()`.
+    """
+    return str(node.meta.get("stands_in", ""))
+
+
+def _settle(node: fx.Node, *, kept: bool) -> None:
+    """Leave one of a static value and what stands in for it."""
+    static: Any = node.args[0]
+    if not kept:
+        node.args = (None, *node.args[1:])
+        return
+    for part in list(node.users):
+        index = int(part.args[1])  # type: ignore[arg-type]
+        if index < len(static):
+            part.replace_all_uses_with(static[index])
+
+
+def conjunctions(graph: fx.Graph) -> dict[str, tuple[str, ...]]:
+    """Decisions that say whether all of several others are on (metadata `all_of`): their names, and of those the names.
+
+    Such a decision chooses between two ways to compute one thing: as a whole (arm 1), for rows that need all its parts,
+    or part by part. It is no choice of its own: no trace shows it, and a row costs what its parts cost. Training always
+    computes the whole, in which the parts are switched off otherwise.
+    """
+    decisions = (decision_of(node) for node in graph.nodes if is_select(node))
+    return {decision_name(d): tuple(d.meta["all_of"]) for d in decisions if "all_of" in d.meta}
 
 
 def sweep(graph: fx.Graph) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from dyncompile.capture.check import resize
 from dyncompile.cost import CostModel, cost_model, exit_costs
-from dyncompile.demand import decision_name
+from dyncompile.demand import conjunctions, decision_name, specialise, stands_in
 from dyncompile.errors import ArgumentError, CaptureError
 from dyncompile.graph import Graph, is_tensor, program, spec
 from dyncompile.nn import Exit, Gate
@@ -23,6 +23,8 @@ Unit = Literal["flops", "time"]
 
 Override = Callable[[str, Tensor], Tensor]
 """Replaces a decision, given its name and value."""
+
+Program = Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +94,7 @@ class DynamicModule(nn.Module):
         self.task = graph.task
         self._override: Override | None = None
         # Made here and not when first called, so that torch.compile finds plain functions.
-        self._forward = program(graph.fx)
-        self._trace = program(self._trace_graph())
+        self._forward, self._trace = self._programs()
         self._costs: dict[tuple[str, tuple[tuple[str, int], ...]], CostModel] = {}
         self._owners = decision_owners(graph.fx)
         self._routes = decision_routes(graph.fx)
@@ -128,7 +129,7 @@ class DynamicModule(nn.Module):
         inputs = self._graph.bind(args, kwargs)
         if self._override is not None:
             return self.trace(*args, **kwargs).output
-        return signature.unflatten(self._forward(self, *inputs))
+        return signature.unflatten(self._forward[self.training](self, *inputs))
 
     def trace(self, *args: Any, **kwargs: Any) -> Trace:
         """Run densely and return every exit's prediction, every decision and the cost of each sample.
@@ -143,7 +144,7 @@ class DynamicModule(nn.Module):
         inputs = self._graph.bind(args, kwargs)
         nodes = self._taps()
         if self._override is None:
-            values = self._trace(self, *inputs)
+            values = self._trace[self.training](self, *inputs)
         else:
             values = _Overriding(self, self._override).run(*inputs)
         output = self._graph.signature.unflatten(values[0])
@@ -181,18 +182,32 @@ class DynamicModule(nn.Module):
         """Nodes that a trace shows, by (kind, name); decisions that no pass named carry their node's name."""
         nodes = {n.meta["tap"]: n for n in self._graph.fx.nodes if "tap" in n.meta}
         for node in self._graph.fx.nodes:
-            if is_select(node):
+            if is_select(node) and "all_of" not in decision_of(node).meta:
                 decision = decision_of(node)
                 nodes.setdefault(("decision", decision_name(decision)), decision)
         return nodes
 
-    def _trace_graph(self) -> fx.Graph:
+    def _trace_graph(self, training: bool) -> fx.Graph:
         traced = fx.Graph()
         mapping: dict[fx.Node, fx.Node] = {}
         output = traced.graph_copy(self._graph.fx, mapping)
         taps = tuple(mapping[node] for node in self._taps().values())
         traced.output((output, mapping[self._graph.final], taps))
-        return traced
+        return self._settled(traced) if training else traced
+
+    def _settled(self, graph: fx.Graph) -> fx.Graph:
+        """What training computes: conjunctions take the arm that is the whole."""
+        whole = dict.fromkeys(conjunctions(graph), 1)
+        return specialise(graph, whole, training=True) if whole else graph
+
+    def _programs(self) -> tuple[dict[bool, Program], dict[bool, Program]]:
+        """What `forward` and `trace` run, by mode."""
+        graph = self._graph.fx
+        forward, trace = program(graph), program(self._trace_graph(training=False))
+        if not conjunctions(graph):
+            return {False: forward, True: forward}, {False: trace, True: trace}
+        training = program(self._settled(graph)), program(self._trace_graph(training=True))
+        return {False: forward, True: training[0]}, {False: trace, True: training[1]}
 
     # --- cost ------------------------------------------------------------------------------------
 
@@ -279,9 +294,10 @@ class _Overriding(fx.Interpreter):
     """Runs the trace graph with some decisions replaced."""
 
     def __init__(self, module: DynamicModule, override: Override) -> None:
-        super().__init__(module, graph=module._trace_graph())
+        super().__init__(module, graph=module._trace_graph(module.training))
         self.override = override
         self.names = {decision_of(n): decision_name(decision_of(n)) for n in self.graph.nodes if is_select(n)}
+        self.names.update({n: str(n.meta["decision"]) for n in self.graph.nodes if "decision" in n.meta})
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -298,13 +314,26 @@ def disabled_gates(module: DynamicModule) -> dict[str, int]:
     """The decisions of gates that are switched off, with the arm that computes everything."""
     gates = {name: g for name, g in module.gates.items() if isinstance(g, Gate) and not bool(g.enabled)}
     owners = decision_owners(module.graph.fx)
-    return {decision: gates[owner].open_arm for decision, owner in owners.items() if owner in gates}
+    known = {decision: gates[owner].open_arm for decision, owner in owners.items() if owner in gates}
+    return known | {name: 1 for name, parts in conjunctions(module.graph.fx).items() if set(parts) <= set(known)}
 
 
 def decision_owners(graph: fx.Graph) -> dict[str, str]:
     """For each decision, by name and in order of execution, the exit or gate that makes it; "" for the user's own."""
-    decisions = (decision_of(node) for node in graph.nodes if is_select(node))
-    return {decision_name(decision): str(decision.meta.get("owner", "")) for decision in decisions}
+    found = decision_nodes(graph).items()
+    return {name: str(node.meta.get("owner", "")) for name, node in found if "all_of" not in node.meta}
+
+
+def decision_nodes(graph: fx.Graph) -> dict[str, fx.Node]:
+    """The node of each decision, by name and in order of execution."""
+    found: dict[str, fx.Node] = {}
+    for node in graph.nodes:
+        if is_select(node):
+            found.setdefault(decision_name(decision_of(node)), decision_of(node))
+        elif name := stands_in(node):
+            near = (*node.all_input_nodes, *node.users)
+            found.setdefault(name, next(n for n in near if n.meta.get("decision") == name))
+    return found
 
 
 def decision_routes(graph: fx.Graph) -> dict[str, int]:

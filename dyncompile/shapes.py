@@ -147,14 +147,24 @@ class _Probe(fx.Interpreter):
 
 
 def flop_counter() -> FlopCounterMode:
-    """Counts FLOPs (a multiply-add is two) as torch does, and the attention kernel for CPUs, which torch leaves out."""
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return FlopCounterMode(display=False, custom_mapping={kernel: _attention_flops})
+    """Counts FLOPs (a multiply-add is two) as torch does, and the kernels that torch leaves out."""
+    aten = torch.ops.aten
+    kernels = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+        aten.mkldnn_rnn_layer: lambda x, *weights, **_: _recurrent_kernel_flops(x, weights[:2]),
+        aten._cudnn_rnn: lambda x, weights, *_, **__: _recurrent_kernel_flops(x, weights),
+    }
+    return FlopCounterMode(display=False, custom_mapping=kernels)
 
 
 def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: object, **__: object) -> int:
     """FLOPs of queries `[N, H, L, D]` with keys `[N, H, S, D]`, and of those weights with values `[N, H, S, V]`."""
     return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _recurrent_kernel_flops(x: Sequence[int], weights: Sequence[Sequence[int]]) -> int:
+    """FLOPs of a kernel that multiplies each step of `[L, N, D]`, or of packed `[steps, D]`, by every weight."""
+    return 2 * math.prod(x[:-1]) * sum(math.prod(w) for w in weights if len(w) == 2)
 
 
 def module_flops(build: Callable[[], nn.Module], inputs: Sequence[fx.Node]) -> float:

@@ -1,17 +1,23 @@
 """What users and our own tests check a conversion with."""
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from dyncompile.demand import conjunctions, stands_in
 from dyncompile.errors import ArgumentError
 from dyncompile.lowering.lowered import LoweredModule
-from dyncompile.module import DynamicModule, decision_owners
+from dyncompile.module import DynamicModule, decision_nodes, decision_routes
+from dyncompile.nn import Gate
+from dyncompile.shapes import spec
 
-Shares = Mapping[str, float | Tensor] | Sequence[float]
+Share = float | Sequence[float] | Tensor
+Shares = Mapping[str, Share] | Sequence[float]
 
 
 @contextmanager
@@ -20,13 +26,18 @@ def forced(model: DynamicModule | LoweredModule, shares: Shares, *, seed: int = 
 
     Args:
         model: A dynamic model or a lowered one.
-        shares: For each exit the share of all samples that leave there, for each gate the share that it keeps; or a
-            mask `[N]` bool in input order. A sequence gives the exits' shares in order. Decisions that are not named
-            are left as they are; exits must be enabled to be forced in a lowered model.
+        shares: For each exit the share of all samples that leave there, for each gate the share that it keeps, for
+            each route the shares of its K arms, which sum to 1; or, in input order, a mask `[N]` bool, for a route the
+            arms `[N]` int64. Where a sample owns r rows (tokens, frames) shares are of all rows, and a mask or arms are
+            `[N, r]`, or `[N]` for all rows of a sample alike. A sequence in place of the mapping gives the exits'
+            shares in order. Decisions that are not named are left as they are, but one that says whether all of several
+            others are on follows those of them that are forced. Exits and gates must be enabled to be forced in a
+            lowered model.
         seed: Which samples are drawn; the same seed draws the same samples for the same batch size.
 
     Raises:
-        ArgumentError: An unknown decision, a share outside [0, 1], or exits' shares that sum to more than 1.
+        ArgumentError: An unknown decision, a share outside [0, 1], exits' shares that sum to more than 1, arms that are
+            not those of the route, or a tensor that does not fit the batch.
 
     Example:
         >>> import dyncompile as dc
@@ -43,8 +54,9 @@ def forced(model: DynamicModule | LoweredModule, shares: Shares, *, seed: int = 
         {'always': 8, 'not exit0': 4}
     """
     dyn = model.dynamic if isinstance(model, LoweredModule) else model
-    wanted = _checked(dyn, shares)
-    draw = _Draw(wanted, [n for n in dyn.exits if n in wanted], seed)
+    kinds = _kinds(dyn)
+    wanted = _checked(dyn, shares, kinds)
+    draw = _Draw(wanted, kinds, [n for n in dyn.exits if n in wanted], seed)
     if isinstance(model, LoweredModule):
         for name in wanted:
             if name in model.plan.dense:
@@ -63,48 +75,88 @@ def forced(model: DynamicModule | LoweredModule, shares: Shares, *, seed: int = 
             dyn._override = previous
 
 
-class _Draw:
-    """Masks over the whole batch, made when the first decision of a batch is asked for."""
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """Of a decision: its rows a sample, its arms (0: yes or no), and the decisions that it is the conjunction of."""
 
-    def __init__(self, shares: Mapping[str, float | Tensor], exits: list[str], seed: int) -> None:
+    rows: int
+    arms: int
+    parts: tuple[str, ...]
+
+
+def _kinds(dyn: DynamicModule) -> dict[str, _Kind]:
+    routes = decision_routes(dyn.graph.fx)
+    found = {name: spec(node).rows for name, node in decision_nodes(dyn.graph.fx).items()}
+    parts = conjunctions(dyn.graph.fx)
+    return {name: _Kind(found.get(name, 1), routes.get(name, 0), parts.get(name, ())) for name in (*dyn.exits, *found)}
+
+
+class _Draw:
+    """Decisions for the whole batch, made when the first of a batch is asked for."""
+
+    def __init__(self, shares: Mapping[str, Share], kinds: Mapping[str, _Kind], exits: list[str], seed: int) -> None:
         self.shares = shares
+        self.kinds = kinds
         self.exits = exits
         self.seed = seed
-        self.masks: dict[tuple[str, int, torch.device], Tensor] = {}
+        self.drawn: dict[tuple[str, int, torch.device], Tensor] = {}
 
     def __call__(self, name: str, value: Tensor, index: Tensor | None, total: int) -> Tensor:
-        if name not in self.shares:
-            return value
-        key = (name, total, value.device)
-        if key not in self.masks:
-            self.masks[key] = self._mask(name, total).to(value.device)
-        mask = self.masks[key]
-        mask = mask if index is None else mask[index]
-        return mask if value.dtype == torch.bool else mask.to(value.dtype)
+        if name in self.shares:
+            return self._forced(name, value, index, total)
+        parts = self.kinds[name].parts
+        forced = [part for part in parts if part in self.shares]
+        # With all parts forced, what they would have been does not count.
+        value = torch.ones_like(value) if parts and len(forced) == len(parts) else value
+        for part in forced:
+            value = value * self._forced(part, value, index, total)
+        return value
 
-    def _mask(self, name: str, batch: int) -> Tensor:
-        share = self.shares[name]
+    def _forced(self, name: str, value: Tensor, index: Tensor | None, total: int) -> Tensor:
+        """What a decision is forced to, on the rows and in the dtype of a value."""
+        key = (name, total, value.device)
+        if key not in self.drawn:
+            self.drawn[key] = self._draw(name, total).to(value.device)
+        drawn = self.drawn[key] if index is None else self.drawn[key][index]
+        if value.is_floating_point() and self.kinds[name].arms:
+            drawn = F.one_hot(drawn, self.kinds[name].arms)
+        return drawn.to(value.dtype)
+
+    def _draw(self, name: str, total: int) -> Tensor:
+        """`[total]`: bool, of a route int64."""
+        share, kind = self.shares[name], self.kinds[name]
         if isinstance(share, Tensor):
-            if share.shape != (batch,):
-                raise ArgumentError(
-                    f"shares[{name!r}]",
-                    found=list(share.shape),
-                    expected=f"a mask of [{batch}] samples",
-                )
-            return share.bool()
+            return _given(name, share, kind, total)
         generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(batch, generator=generator)
+        order = torch.randperm(total, generator=generator)
         offset = float(torch.rand((), generator=generator))
         start = 0.0
         if name in self.exits:
             # Exits draw disjoint samples: each its own stretch of one order.
             earlier = [self.shares[n] for n in self.exits[: self.exits.index(name)]]
-            start = sum(s for s in earlier if not isinstance(s, Tensor))
+            start = sum(s for s in earlier if isinstance(s, int | float))
         else:
-            order = order[torch.randperm(batch, generator=generator.manual_seed(self.seed + _stable(name)))]
-        mask = torch.zeros(batch, dtype=torch.bool)
-        mask[order[_cut(start, batch, offset) : _cut(start + share, batch, offset)]] = True
-        return mask
+            order = order[torch.randperm(total, generator=generator.manual_seed(self.seed + _stable(name)))]
+        drawn = torch.zeros(total, dtype=torch.int64)
+        # Arm by arm: stretches of one order; of a yes or no the second arm alone, of a route all but the first.
+        for arm, part in ((1, share),) if isinstance(share, int | float) else enumerate(share):
+            drawn[order[_cut(start, total, offset) : _cut(start + part, total, offset)]] = arm
+            start += part
+        return drawn if kind.arms else drawn.bool()
+
+
+def _given(name: str, share: Tensor, kind: _Kind, total: int) -> Tensor:
+    """The user's decisions, one for each row."""
+    batch = total // kind.rows
+    if share.shape == (batch,):
+        share = share.repeat_interleave(kind.rows)
+    elif share.shape == (batch, kind.rows):
+        share = share.flatten()
+    if share.shape != (total,):
+        rows = f", or [{batch}, {kind.rows}] of their rows" if kind.rows > 1 else ""
+        expected = f"{'arms' if kind.arms else 'a mask'} of [{batch}] samples{rows}"
+        raise ArgumentError(f"shares[{name!r}]", found=list(share.shape), expected=expected)
+    return share.long() if kind.arms else share.bool()
 
 
 def _cut(share: float, batch: int, offset: float) -> int:
@@ -118,10 +170,9 @@ def _stable(name: str) -> int:
     return sum((i + 1) * byte for i, byte in enumerate(name.encode()))
 
 
-def _checked(dyn: DynamicModule, shares: Shares) -> dict[str, float | Tensor]:
-    known = list(dict.fromkeys((*dyn.exits, *decision_owners(dyn.graph.fx))))
+def _checked(dyn: DynamicModule, shares: Shares, kinds: Mapping[str, _Kind]) -> dict[str, Share]:
     named = shares.items() if isinstance(shares, Mapping) else zip(dyn.exits, shares, strict=False)
-    given: dict[str, float | Tensor] = dict(named)
+    given: dict[str, Share] = dict(named)
     if not isinstance(shares, Mapping) and len(shares) > len(dyn.exits):
         raise ArgumentError(
             "shares",
@@ -129,14 +180,42 @@ def _checked(dyn: DynamicModule, shares: Shares) -> dict[str, float | Tensor]:
             expected=f"at most {len(dyn.exits)}, one an exit",
         )
     for name, share in given.items():
-        if name not in known:
-            raise ArgumentError("shares", found=repr(name), expected=f"names among {known}")
-        if not isinstance(share, Tensor) and not 0 <= share <= 1:
-            raise ArgumentError(f"shares[{name!r}]", found=share, expected="a share in [0, 1] or a mask")
-    total = sum(s for n, s in given.items() if n in dyn.exits and not isinstance(s, Tensor))
+        if name not in kinds:
+            raise ArgumentError("shares", found=repr(name), expected=f"names among {list(kinds)}")
+        if name in _within(dyn):
+            found = f"{name!r}, whose agent reads the state that its own decisions make"
+            raise ArgumentError("shares", found=found, expected="a decision that is made ahead")
+        if why := _unfit(share, kinds[name].arms):
+            shown = f"{share.dtype} {list(share.shape)}" if isinstance(share, Tensor) else share
+            raise ArgumentError(f"shares[{name!r}]", found=shown, expected=why)
+    total = sum(s for n, s in given.items() if n in dyn.exits and isinstance(s, int | float))
     if total > 1 + 1e-9:
         raise ArgumentError("shares", found=f"exits that sum to {total}", expected="at most 1")
     return given
 
 
-__all__ = ["Shares", "forced"]
+def _within(dyn: DynamicModule) -> set[str]:
+    """Decisions that are made inside of what they control."""
+    nodes = dyn.graph.fx.nodes
+    return {name for n in nodes if (name := stands_in(n)) and isinstance(dyn.graph.module_of(n), Gate)}
+
+
+def _unfit(share: Share, arms: int) -> str:
+    """What would do in place of a share that does not; empty where it does."""
+    if isinstance(share, Tensor):
+        if not arms:
+            return ""
+        fits = not share.is_floating_point() and share.dtype != torch.bool
+        if fits and share.numel():
+            fits = int(share.min()) >= 0 and int(share.max()) < arms
+        return "" if fits else f"arms, integers in [0, {arms})"
+    if isinstance(share, int | float):
+        fits = not arms and 0 <= share <= 1
+    else:
+        fits = len(share) == arms and min(share) >= 0 and abs(sum(share) - 1) < 1e-6
+    if fits:
+        return ""
+    return f"the shares of its {arms} arms, which sum to 1, or arms" if arms else "a share in [0, 1] or a mask"
+
+
+__all__ = ["Share", "Shares", "forced"]

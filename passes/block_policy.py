@@ -105,7 +105,7 @@ class BlockPolicy(Pass):
         """Insert the policy, and a select for each branch."""
         source, blocks = find(graph, site.node), site.data["blocks"]
         policy = _policy(graph, source, site.data["width"], len(blocks))
-        gate = Gate(policy, estimator=build_estimator(self.estimator))
+        gate = Gate(policy, estimator=build_estimator(self.estimator), decisions=len(blocks))
         inputs = _inputs(graph, source)
         together, probability = graph.insert(f"gates.{site.name}", gate, inputs, ("", "probability"))
         for i, block in reversed(list(enumerate(blocks))):

@@ -29,6 +29,21 @@ def test_quick_run_covers_every_section(tmp_path, needs, device):
     assert {"dynamic, nobody leaves", "smaller static model"} <= rows
 
 
+@pytest.mark.slow
+def test_gates_are_measured_beside_the_static_forms(tmp_path, device):
+    out = tmp_path / "gates.json"
+    command = [sys.executable, "-m", "benchmarks.gates", "--quick", "--device", str(device), "--out", str(out)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert run.returncode == 0, run.stderr
+    report = Report.model_validate_json(out.read_text())
+    assert [t.title.rpartition(", ")[2] for t in report.tables] == ["batch 1", "batch 4"]
+    for table in report.tables:
+        costs = {row[0]: row[1] for row in table.rows}
+        assert costs["dynamic, all open"] >= 1
+        assert costs["dynamic, 25% kept"] < costs["dynamic, 50% kept"] < 1
+    assert len(report.targets) == 4
+
+
 def test_turns_are_paired_and_contexts_are_entered_once_a_round():
     entered, called = [], []
 

@@ -73,10 +73,12 @@ def test_every_decision_finds_its_probability(several):
     assert torch.equal(found["block1"], several.probabilities["policy"][:, 1])
     assert torch.equal(found["level"], several.probabilities["level"])
     routes = torch.rand(N, 2, 3)
-    pair = traced(
-        {"r0": routes[:, 0], "r1": routes[:, 1]}, {"p": routes}, {"r0": "p", "r1": "p"}, {"r0": 3, "r1": 3}
-    )
+    pair = traced({"r0": routes[:, 0], "r1": routes[:, 1]}, {"p": routes}, {"r0": "p", "r1": "p"}, {"r0": 3, "r1": 3})
     assert torch.equal(gate_probabilities(pair)["r1"], routes[:, 1])
+    hard = traced({"r0": torch.zeros(N).long()}, {"p": routes[:, :1]}, {"r0": "p"}, {"r0": 3})
+    assert torch.equal(gate_probabilities(hard)["r0"], routes[:, 0])
+    single = traced({"block0": torch.ones(N)}, {"policy": torch.rand(N, 1)}, {"block0": "policy"})
+    assert torch.equal(gate_probabilities(single)["block0"], single.probabilities["policy"][:, 0])
 
 
 def test_activation_rate_is_the_formula(several):
@@ -134,6 +136,18 @@ def test_batch_shaping_is_least_at_the_prior():
         losses[name] = BatchShaping(target=0.6)(traced({"g": p}, {"g": p}, {"g": "g"}), LABELS).item()
     assert losses["prior"] < 1e-6
     assert min(v for k, v in losses.items() if k != "prior") > 0.01
+
+
+def test_in_an_interval_each_gate_keeps_its_own_rate():
+    prior = {mean: torch.tensor(stats.beta(mean, 1 - mean).ppf(np.arange(1, 129) / 129)).float() for mean in (0.3, 0.7)}
+    for mean, p in prior.items():
+        trace = traced({"g": p}, {"g": p}, {"g": "g"})
+        own = BatchShaping(target=(0.1, 0.9))(trace, LABELS).item()
+        assert own == pytest.approx(BatchShaping(target=p.mean().item())(trace, LABELS).item())
+        assert own < 1e-3
+        outside = BatchShaping(target=(0.45, 0.55))(trace, LABELS).item()
+        assert outside == pytest.approx(BatchShaping(target=0.45 if mean < 0.5 else 0.55)(trace, LABELS).item())
+        assert outside > 5 * own
 
 
 @pytest.mark.parametrize("start", [-6.0, 6.0])
@@ -197,6 +211,7 @@ def test_without_gates_there_is_nothing_to_shape():
         (lambda: ActivationRate(target=1.2), r"`target`: found 1.2; expected a rate in \[0, 1\]"),
         (lambda: ActivationRate(target=0.5, weight=0), "`weight`: found 0"),
         (lambda: BatchShaping(target={"a": 1.0}), r"`target`: found 1.0; expected a rate in \(0, 1\)"),
+        (lambda: BatchShaping(target=(0.9, 0.1)), r"`target`: found \(0.9, 0.1\); expected an interval"),
         (lambda: BatchShaping(concentration=0), "`concentration`: found 0"),
     ],
 )
@@ -368,7 +383,7 @@ def test_rewards_of_dense_and_floating_targets(model):
         ({"gamma": -1}, "`gamma`: found -1"),
         ({"target": 0}, "`target`: found 0; expected a cost above 0"),
         ({"baseline": "mean"}, "`baseline`: found 'mean'"),
-        ({"strength": 0}, "`strength`: found 0"),
+        ({"strength": -1}, "`strength`: found -1"),
         ({"weight": 0}, "`weight`: found 0"),
         ({"model": nn.Linear(2, 2)}, "`model`: found Linear; expected the dynamic model"),
     ],

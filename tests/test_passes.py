@@ -3,6 +3,7 @@
 import collections
 import copy
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -10,11 +11,15 @@ from torch import nn
 
 import dyncompile as dc
 from dyncompile.capture import capture
+from dyncompile.demand import analyse
 from dyncompile.errors import ArgumentError, PassError
 from dyncompile.module import DynamicModule
+from dyncompile.nn.gates import OPEN_LOGIT
 from dyncompile.ops import is_select
 from dyncompile.passes import Pass, Site, available, resolve
 from dyncompile.passes.early_exit import EarlyExit
+from dyncompile.shapes import flop_counter
+from dyncompile.testing import forced
 
 
 class Residual(nn.Module):
@@ -47,27 +52,91 @@ class Text(nn.Module):
         return self.fc(self.encoder(self.embed(ids), src_key_padding_mask=attention_mask == 0)[:, 0])
 
 
+def vectors():
+    return nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+
+
+class Steps(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.fc = nn.LSTM(6, 16, 2, batch_first=True), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.fc(self.rnn(x)[0][:, -1])
+
+
 MODELS = {
     "images": (images, lambda n: (torch.randn(n, 3, 8, 8),)),
     "text": (Text, lambda n: (torch.randint(0, 20, (n, 6)), torch.ones(n, 6, dtype=torch.int64).tril(2))),
+    "vectors": (vectors, lambda n: (torch.randn(n, 12),)),
+    "steps": (Steps, lambda n: (torch.randn(n, 7, 6),)),
 }
-CONTRACT = pytest.mark.parametrize(("strategy", "kind"), [(s, m) for s in available() for m in MODELS])
+# Where a pass has nothing to do, and what it says.
+REFUSED = {
+    ("layer_skip", "vectors"): "the graph offers none",
+    ("layer_skip", "steps"): "the graph offers none",
+    ("block_policy", "vectors"): "the graph offers none",
+    ("block_policy", "steps"): "the graph offers none",
+    ("neuron_gate", "images"): "the graph offers none",
+    ("neuron_gate", "steps"): "the graph offers none",
+    ("channel_gate", "images"): "its channels lie on a residual stream: `add` ",
+    ("channel_gate", "steps"): "fc: its channels are an output of the model",
+}
+PAIRS = [(strategy, kind) for strategy in available() for kind in MODELS]
+CONTRACT = pytest.mark.parametrize(("strategy", "kind"), [pair for pair in PAIRS if pair not in REFUSED])
+
+
+@functools.cache
+def _convert(strategy, kind, device):
+    torch.manual_seed(0)
+    make, inputs = MODELS[kind]
+    model = make().to(device)
+    return model, dc.dynamize(model, strategy, example_inputs=tuple(t.to(device) for t in inputs(2)))
+
+
+@functools.cache
+def _capture(kind, device):
+    make, inputs = MODELS[kind]
+    return capture(make().to(device), tuple(t.to(device) for t in inputs(2)))
 
 
 @pytest.fixture
 def converted(device):
+    """The static model, the dynamic one and a maker of inputs: copies, for conversion takes seconds."""
+
     def convert(strategy, kind):
-        torch.manual_seed(0)
-        make, inputs = MODELS[kind]
-        model = make().to(device)
-        example = tuple(t.to(device) for t in inputs(2))
-        return (
-            model,
-            dc.dynamize(model, strategy, example_inputs=example),
-            lambda n: tuple(t.to(device) for t in inputs(n)),
-        )
+        model, dyn = copy.deepcopy(_convert(strategy, kind, device))
+        return model, dyn, lambda n: tuple(t.to(device) for t in MODELS[kind][1](n))
 
     return convert
+
+
+@pytest.fixture
+def captured(device):
+    return lambda kind: copy.deepcopy(_capture(kind, device))
+
+
+def enable(dyn):
+    """Let everything decide; the bias takes an untrained gate, which starts open, to the middle."""
+    for module in (*dyn.exits.values(), *dyn.gates.values()):
+        module.enabled.fill_(True)
+    for gate in dyn.gates.values():
+        gate.bias.fill_(-OPEN_LOGIT)
+    return dyn.eval()
+
+
+def drawn(dyn, inputs, batch):
+    """A random choice for each decision: one of its arms for each sample, or for each of a sample's rows."""
+    units = {unit.name: unit for unit in analyse(dyn.graph.fx).units}
+    shapes = {name: decision.shape for name, decision in dyn.trace(*inputs(batch)).decisions.items()}
+    arms = {name: torch.randint(0, len(units[name].arms), shape) for name, shape in shapes.items()}
+    return {name: arm if units[name].routed else arm.bool() for name, arm in arms.items()}
+
+
+@pytest.mark.parametrize(("strategy", "kind"), [pair for pair in PAIRS if pair in REFUSED])
+def test_a_model_that_offers_nothing_is_refused(strategy, kind, device):
+    with pytest.raises(PassError, match=REFUSED[strategy, kind]):
+        _convert(strategy, kind, device)
 
 
 @CONTRACT
@@ -102,6 +171,39 @@ def test_gradient_reaches_every_new_parameter(converted, strategy, kind):
 
 
 @CONTRACT
+@pytest.mark.parametrize("decided", ["by the model", "by force"])
+def test_lowered_equals_reference_and_runs_what_was_decided(converted, strategy, kind, decided):
+    _, dyn, inputs = converted(strategy, kind)
+    fast = dc.lower(enable(dyn), backend="eager", decline=False)
+    assert not fast.plan.dense
+    for batch in (1, 2, 7, 33):
+        x = inputs(batch)
+        choice = drawn(dyn, inputs, batch) if decided == "by force" else {}
+        with torch.no_grad(), forced(dyn, choice), forced(fast, choice):
+            trace = dyn.trace(*x)
+            with flop_counter() as counter:
+                output = fast(*x)
+        torch.testing.assert_close(output, trace.output, rtol=1e-5, atol=1e-6)
+        expected = float(trace.cost.double().sum()) * dyn.cost_model().static
+        assert counter.get_total_flops() == pytest.approx(expected, rel=1e-5)
+        if batch == 33 and (choice or not dyn.exits):
+            assert 0 < float(trace.cost.mean()) < 0.999 * sum(dyn.cost_model().weights)
+
+
+@CONTRACT
+def test_saved_and_loaded_it_decides_as_before(converted, strategy, kind, device, tmp_path):
+    _, dyn, inputs = converted(strategy, kind)
+    enable(dyn)
+    dc.save(dyn, tmp_path)
+    loaded = dc.load(tmp_path, MODELS[kind][0]().to(device)).eval()
+    x = inputs(33)
+    before, after = dyn.trace(*x), loaded.trace(*x)
+    assert torch.equal(before.output, after.output)
+    assert all(torch.equal(after.decisions[name], decision) for name, decision in before.decisions.items())
+    assert all(bool(module.enabled) for module in (*loaded.exits.values(), *loaded.gates.values()))
+
+
+@CONTRACT
 def test_only_inserts(converted, strategy, kind):
     model, dyn, _ = converted(strategy, kind)
     inserted = [n for n in dyn.graph.fx.nodes if "inserted" in n.meta]
@@ -114,9 +216,9 @@ def test_only_inserts(converted, strategy, kind):
 
 
 @CONTRACT
-def test_sites_replay_on_a_fresh_model(converted, strategy, kind, device):
-    _, dyn, inputs = converted(strategy, kind)
-    graph = capture(MODELS[kind][0]().to(device), inputs(2))
+def test_sites_replay_on_a_fresh_model(converted, captured, strategy, kind):
+    _, dyn, _ = converted(strategy, kind)
+    graph = captured(kind)
     sites = [Site(**site) for site in dyn.recipe.steps[0].sites]
     replayed, refused = resolve(strategy, {})[0].apply(graph, sites=sites)
     assert replayed == sites
@@ -125,9 +227,9 @@ def test_sites_replay_on_a_fresh_model(converted, strategy, kind, device):
 
 
 @CONTRACT
-def test_sites_are_plain_data_and_change_nothing(converted, strategy, kind, device):
-    _, dyn, inputs = converted(strategy, kind)
-    graph = capture(MODELS[kind][0]().to(device), inputs(2))
+def test_sites_are_plain_data_and_change_nothing(converted, captured, strategy, kind):
+    _, dyn, _ = converted(strategy, kind)
+    graph = captured(kind)
     before = str(graph.fx)
     item = resolve(strategy, {})[0]
     first, second = list(item.sites(graph)), list(item.sites(graph))
@@ -137,7 +239,7 @@ def test_sites_are_plain_data_and_change_nothing(converted, strategy, kind, devi
 
 
 @CONTRACT
-def test_the_result_is_a_module_in_every_respect(converted, strategy, kind, device):
+def test_the_result_is_a_module_in_every_respect(converted, strategy, kind):
     model, dyn, inputs = converted(strategy, kind)
     dyn.eval()
     x = inputs(3)

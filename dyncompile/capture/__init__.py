@@ -98,6 +98,8 @@ def _attempt(
         try:
             outputs: list[Any] = []
             leaves = leaves_of(root, lambda: outputs.append(root(*args, **kwargs)))
+        except DyncompileError:
+            raise
         except Exception as error:  # whatever the user's own forward raises
             raise CaptureError(f"the model stops on its example inputs: {_reason(error)}") from error
     signature = signature.with_output(outputs[0], prediction)

@@ -21,6 +21,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from dyncompile.capture.canonical import storage
+from dyncompile.errors import CaptureError
 
 # Concrete layers that own sub-modules or parametrizations only as an implementation detail.
 _CONTAINERS = (
@@ -157,6 +158,11 @@ def leaves_of(root: nn.Module, run: Callable[[], object]) -> dict[str, bool]:
     versions: dict[str, list[tuple[Tensor, int]]] = {}
 
     def before(path: str, _: nn.Module, args: Any, kwargs: Any) -> None:
+        if any(isinstance(value, nn.utils.rnn.PackedSequence) for value in (*args, *kwargs.values())):
+            raise CaptureError(
+                f"`{path}` reads a packed sequence, whose size depends on the data; give it the padded sequence, and "
+                "read the output of each sample at its own last step: out[torch.arange(out.shape[0]), lengths - 1]"
+            )
         tensors = tensors_of((args, kwargs))
         versions[path] = [(t, t._version) for t in tensors if not t.is_inference()]
         if not tensors or not _plain((args, kwargs)):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-_KERNELS: dict[str, Any] = {
+KERNELS: dict[str, Any] = {
     "LSTM": torch.lstm,
     "GRU": torch.gru,
     "RNN_TANH": torch.rnn_tanh,
@@ -42,11 +42,9 @@ class RecurrentLayer(nn.Module):
             The sequence, then `h` (and `c`) after the last step.
         """
         if state is None:
-            shape = (1 + self.bidirectional, x.shape[0 if self.batch_first else 1])
-            state = x.new_zeros(*shape, self.output_size)
-            if self.mode == "LSTM":
-                state = (state, x.new_zeros(*shape, self.hidden_size))
-        out: tuple[Tensor, ...] = _KERNELS[self.mode](
+            first = self.initial(x)
+            state = first if self.mode == "LSTM" else first[0]
+        out: tuple[Tensor, ...] = KERNELS[self.mode](
             x,
             state,
             weights,
@@ -58,6 +56,12 @@ class RecurrentLayer(nn.Module):
             self.batch_first,
         )
         return out
+
+    def initial(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The states before the first step where none are given: zeros `[directions, N, ...]`, `h` first."""
+        shape = (1 + self.bidirectional, x.shape[0 if self.batch_first else 1])
+        h = x.new_zeros(*shape, self.output_size)
+        return (h, x.new_zeros(*shape, self.hidden_size)) if self.mode == "LSTM" else (h,)
 
     def extra_repr(self) -> str:
         """The kind of layer and its sizes."""

@@ -1,4 +1,4 @@
-"""The static models of the demo: residual networks for small images."""
+"""The static models of the demo: residual networks and a vision transformer for small images."""
 
 import torch
 from torch import Tensor, nn
@@ -78,3 +78,55 @@ class ResNet(nn.Module):
 def resnet20(*, width: int = 16, classes: int = 10, in_channels: int = 3) -> ResNet:
     """ResNet-20 for small images (arXiv 1512.03385, section 4.2)."""
     return ResNet(20, width=width, classes=classes, in_channels=in_channels)
+
+
+class VisionTransformer(nn.Module):
+    """A small vision transformer (arXiv 2010.11929): patches, pre-norm encoder layers, the mean of the tokens.
+
+    Args:
+        size: Height and width of the images, a multiple of `patch`.
+        patch: Height and width of a patch.
+        width: Channels of a token, a multiple of `heads`.
+        depth: Number of encoder layers.
+        heads: Of attention.
+        classes: Number of classes.
+        in_channels: Channels of the input images.
+
+    Shapes:
+        `[N, in_channels, size, size]` -> logits `[N, classes]`.
+
+    Raises:
+        ArgumentError: A size is no multiple of what it must be one of.
+    """
+
+    def __init__(
+        self,
+        size: int = 28,
+        *,
+        patch: int = 4,
+        width: int = 96,
+        depth: int = 6,
+        heads: int = 4,
+        classes: int = 10,
+        in_channels: int = 1,
+    ) -> None:
+        for name, value, of in (("size", size, patch), ("width", width, heads)):
+            if value % of:
+                raise ArgumentError(name, found=value, expected=f"a multiple of {of}")
+        super().__init__()
+        self.patches = nn.Conv2d(in_channels, width, patch, patch)
+        self.position = nn.Parameter(torch.empty(1, (size // patch) ** 2, width).normal_(std=0.02))
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.fc = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits `[N, classes]` of images `[N, in_channels, size, size]`."""
+        x = self.patches(x).flatten(2).transpose(1, 2) + self.position
+        for layer in self.layers:
+            x = layer(x)
+        logits: Tensor = self.fc(self.norm(x.mean(1)))
+        return logits

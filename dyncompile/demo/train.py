@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from rich.progress import Progress
@@ -14,7 +15,7 @@ from dyncompile.demo.datasets import Images
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How a static model is trained: SGD with momentum under a one-cycle learning rate.
+    """How a static model is trained: under a one-cycle learning rate.
 
     Attributes:
         epochs: Passes over the training split.
@@ -22,6 +23,7 @@ class Schedule:
         learning_rate: Highest rate of the cycle.
         weight_decay: L2 penalty.
         autocast: Multiply in bfloat16, where the processor can.
+        optimizer: "sgd", with momentum, or "adamw", for transformers.
     """
 
     epochs: int
@@ -29,6 +31,7 @@ class Schedule:
     learning_rate: float = 0.05
     weight_decay: float = 5e-4
     autocast: bool = False
+    optimizer: Literal["sgd", "adamw"] = "sgd"
 
 
 class Augmented(Dataset[tuple[Tensor, Tensor]]):
@@ -75,7 +78,7 @@ def train(
         drop_last=len(images.train) > schedule.batch_size,
     )
     steps = schedule.epochs * len(loader)
-    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=schedule.weight_decay, nesterov=True)
+    optimizer = _optimizer(model, schedule)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, schedule.learning_rate, total_steps=steps)
     task = progress.add_task(f"train {title}", total=steps) if progress else None
     for _ in range(schedule.epochs):
@@ -91,6 +94,12 @@ def train(
                 progress.advance(task)
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return model.eval()
+
+
+def _optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
+    if schedule.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), weight_decay=schedule.weight_decay)
+    return torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=schedule.weight_decay, nesterov=True)
 
 
 @torch.no_grad()

@@ -12,9 +12,10 @@ from torch import Tensor, fx, nn
 
 from dyncompile.capture.check import same
 from dyncompile.capture.recurrent import RecurrentLayer
-from dyncompile.demand import specialise
+from dyncompile.demand import specialise, stands_in
 from dyncompile.errors import ArgumentError, LoweringError
 from dyncompile.graph import Spec, is_tensor, spec
+from dyncompile.lowering.absorbing import absorb_activations
 from dyncompile.lowering.measure import unprofitable
 from dyncompile.lowering.plan import Block, Conditional, Plan, Segment, make_plan, segment_module
 from dyncompile.lowering.program import write_program
@@ -88,6 +89,7 @@ class LoweredModule(nn.Module):
         self._batch_of = next((i, dim) for i, dim in enumerate(dyn.graph.batch_dims) if dim is not None)
         self._dtypes = [dyn.present(t.dtype) for t in dyn.graph.inputs]
         graph = specialise(dyn.graph.fx, self._disabled)
+        absorb_activations(graph, dyn)
         self._layout = self.snapshot and _channels_last(dyn)
         self._take(make_plan(graph))
         if self.decline and (losses := unprofitable(self.plan, self._segments, self.examples(16))):
@@ -138,8 +140,11 @@ class LoweredModule(nn.Module):
         examples = self.examples()
         compiled: dict[Segment, Callable[..., Sequence[Tensor]]] = {}
         for segment, module in modules.items():
-            if any(isinstance(dyn.graph.module_of(n), nn.RNNBase | RecurrentLayer) for n in segment.nodes):
-                # Inductor unrolls a recurrent layer step by step; torch's own kernel runs it whole.
+            if any(
+                stands_in(n) or isinstance(dyn.graph.module_of(n), nn.RNNBase | RecurrentLayer) for n in segment.nodes
+            ):
+                # Inductor unrolls a recurrent layer step by step; torch's own kernel runs it whole. What does a share
+                # of a decision has a form of its own.
                 compiled[segment] = copy.deepcopy(module)
                 continue
             found = [spec(n) for n in segment.inputs]

@@ -8,7 +8,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 
-from dyncompile.demand import Demand, Guard, Unit, analyse
+from dyncompile.demand import Demand, Guard, Unit, analyse, stands_in
 from dyncompile.errors import LoweringError
 from dyncompile.graph import Size, Spec, is_tensor, spec
 from dyncompile.ops import arms_of, is_select
@@ -200,7 +200,7 @@ class _Builder:
             run: list[fx.Node] = []
             rest: list[fx.Node] = []
             for node in pending:
-                if all(source in ready for source in self.reads(node)):
+                if _joins(node, run) and all(source in ready for source in self.reads(node)):
                     ready.add(node)
                     run.append(node)
                 else:
@@ -250,6 +250,15 @@ class _Builder:
 
     def _name(self, guard: Guard) -> str:
         return self.names.get(guard, " & ".join(f"{u.name}={a}" for u, a in guard) or "always")
+
+
+def _joins(node: fx.Node, run: list[fx.Node]) -> bool:
+    """Whether a node may go into a segment; what does a share of a decision is one by itself, with its parts."""
+    if not run:
+        return True
+    if stands_in(run[0]):
+        return node.target is operator.getitem and node.args[0] is run[0]
+    return not stands_in(node)
 
 
 def _batched(node: fx.Node) -> bool:
@@ -335,7 +344,8 @@ def segment_module(segment: Segment, root: nn.Module) -> fx.GraphModule:
         root: Owner of the modules and parameters.
 
     Returns:
-        A module called with the segment's inputs; returns a tuple of its outputs.
+        A module called with the segment's inputs; returns a tuple of its outputs. What stands in for the static
+        model's nodes has the form that skips.
     """
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
@@ -362,7 +372,12 @@ def segment_module(segment: Segment, root: nn.Module) -> fx.GraphModule:
     for node in segment.nodes:
         value(node)
     graph.output(tuple(mapping[node] for node in segment.outputs))
-    return fx.GraphModule(root, graph, class_name="Segment")
+    module = fx.GraphModule(root, graph, class_name="Segment")
+    for node in segment.nodes:
+        if stands_in(node):
+            path = str(node.target)
+            module.set_submodule(path, module.get_submodule(path).lowered())  # type: ignore[operator]
+    return module
 
 
 def _local_size(graph: fx.Graph, tensor: fx.Node, found: Spec, size: Size, rows: int) -> fx.Node:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from dyncompile.demand import decision_name, stands_in
 from dyncompile.graph import spec
 from dyncompile.lowering.inductor import CompiledSegment
 from dyncompile.lowering.plan import Block, Conditional, Plan, Segment
@@ -131,6 +132,8 @@ class _BlockWriter:
     # --- segments --------------------------------------------------------------------------------
 
     def segment(self, step: Segment, dead: Collection[fx.Node]) -> None:
+        for decision in _shared(step):
+            self.share(decision)
         call = self.writer.segments[step]
         compiled = isinstance(call, CompiledSegment)
         formats = call.formats if isinstance(call, CompiledSegment) else [None] * len(step.inputs)
@@ -148,6 +151,15 @@ class _BlockWriter:
             self.line(f"{results} = {self.writer.bind('segment', call)}(*a)")
         self.owned.update(n for n in step.outputs if n in self.writer.fresh)
         self.drop(n for n in step.outputs if n in dead)
+
+    def share(self, decision: fx.Node) -> None:
+        """Replace a decision of which a segment does a share, and note how much that is."""
+        name, rows = decision_name(decision), spec(decision).rows
+        value = self.variable(decision)
+        where = f"within(index, {rows // self.block.rows})"
+        self.line("if run.override is not None:")
+        self.line(f" {value} = run.override({name!r}, {value}, {where}, run.batch * {rows})")
+        self.line(f"run.rows[{name!r}] = int({value}.count_nonzero())")
 
     def argument(self, node: fx.Node, layout: Any) -> str:
         """A value in the memory format that a compiled segment reads."""
@@ -277,6 +289,12 @@ class _BlockWriter:
         for i, written in enumerate(blocks):
             if written is not None:
                 self.line(f"i{i} = a{i} = r{i} = None")
+
+
+def _shared(step: Segment) -> list[fx.Node]:
+    """The decisions made ahead of which a segment does a share."""
+    names = {stands_in(node) for node in step.nodes}
+    return [node for node in step.inputs if "decision" in node.meta and decision_name(node) in names]
 
 
 def _inside(step: Conditional, arm: int, value: fx.Node) -> bool:

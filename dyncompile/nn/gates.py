@@ -1,5 +1,6 @@
 """A gate: a policy that reads features, how its choice is made differentiable, and a knob for calibration."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,15 +12,53 @@ from dyncompile.errors import ArgumentError
 from dyncompile.nn.estimators import Estimator
 
 OPEN_LOGIT = 2.0
-"""Logit that a new policy starts from: open for nine samples of ten, as ConvNet-AIG (arXiv 1711.11503) starts."""
+"""What the logits of a new gate lie around: open for about nine samples of ten (as ConvNet-AIG, 1711.11503, starts)."""
+
+SPREAD = 2.0
+"""Standard deviation of standardised logits: wide against the noise of sampling, so that training sees much the same
+decisions as evaluation takes."""
+
+
+class Standardise(nn.Module):
+    """Logits with mean 0 and standard deviation `SPREAD` over the rows of a batch; in evaluation by running statistics.
+
+    Without it a gate drifts to one side, is open or closed for every sample, and learns nothing more.
+
+    Args:
+        shape: The columns that are standardised each by itself: `()` or `(D,)`.
+    """
+
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self, shape: tuple[int, ...], *, momentum: float = 0.1, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.shape, self.momentum, self.eps = shape, momentum, eps
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("variance", torch.ones(shape))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """From logits `[..., *shape]` to float32 of the same shape."""
+        logits = logits.float()
+        mean, variance = self.mean.float(), self.variance.float()
+        rows = logits.reshape(-1, *self.shape)
+        if self.training and rows.shape[0] > 1:
+            mean, variance = rows.mean(0), rows.var(0, unbiased=False)
+            with torch.no_grad():
+                self.mean.lerp_(mean.to(self.mean.dtype), self.momentum)
+                self.variance.lerp_(variance.to(self.variance.dtype), self.momentum)
+        return SPREAD * (logits - mean) * torch.rsqrt(variance + self.eps)
 
 
 class Gate(nn.Module):
     """Decides what is computed.
 
     Buffers: `enabled` (bool): a disabled gate is open for every sample, which is how a model is born; in training the
-    gradient of an open gate is that of its probability. `bias` (float32) is added to the logits in evaluation, by
-    calibration: larger computes more.
+    gradient of an open gate is that of its probability. `offset` (float32) is what the logits lie around, set by `aim`;
+    `bias` (float32) is added to them in evaluation, by calibration. Larger computes more.
+
+    The policy's logits are standardised over the batch, so how often a gate is open follows from `offset` and a learned
+    `shift`, and what the policy reads decides for which samples.
 
     Args:
         policy: Maps features to logits: `[..., D]` for D binary decisions a row (or `[...]` for one), `[..., K]` for a
@@ -27,12 +66,23 @@ class Gate(nn.Module):
             returns too.
         estimator: How training decides.
         routes: K for a choice of one of K arms, ordered from the cheapest to the full one; 0 for binary decisions.
+        decisions: D; 0 for one, `[...]`.
+        standardise: Leave it out where a batch holds no fair sample of the rows, as the steps of a sequence one by one.
     """
 
     enabled: Tensor
     bias: Tensor
+    offset: Tensor
 
-    def __init__(self, policy: nn.Module, *, estimator: Estimator, routes: int = 0) -> None:
+    def __init__(
+        self,
+        policy: nn.Module,
+        *,
+        estimator: Estimator,
+        routes: int = 0,
+        decisions: int = 0,
+        standardise: bool = True,
+    ) -> None:
         super().__init__()
         if routes < 0 or routes == 1:
             raise ArgumentError("routes", found=routes, expected="0 for binary decisions, or at least 2 arms")
@@ -41,6 +91,12 @@ class Gate(nn.Module):
         self.routes = routes
         self.register_buffer("enabled", torch.tensor(False))
         self.register_buffer("bias", torch.tensor(0.0))
+        self.register_buffer("offset", torch.tensor(OPEN_LOGIT))
+        if routes:
+            self.aim(0.9)
+        columns = tuple(n for n in (decisions, routes) if n)
+        self.shift = nn.Parameter(torch.zeros(columns))
+        self.standardise = Standardise(columns) if standardise else None
 
     @property
     def open_arm(self) -> int:
@@ -48,12 +104,35 @@ class Gate(nn.Module):
         return self.routes - 1 if self.routes else 1
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Gate":
-        """Keep the bias in float32, to the bit, when the model is cast to another dtype."""
-        before = self.bias
+        """Keep bias and offset in float32, to the bit, when the model is cast to another dtype."""
+        before = {name: self.get_buffer(name) for name in ("bias", "offset")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.bias.dtype != before.dtype:
-            self.bias = before.to(self.bias.device)
+        for name, exact in before.items():
+            moved = self.get_buffer(name)
+            if moved.dtype != exact.dtype:
+                self._buffers[name] = exact.to(moved.device)
         return self
+
+    def aim(self, rate: float) -> None:
+        """Set `offset` so that the gate, shifts and bias aside, is open at a rate.
+
+        Args:
+            rate: Share of rows that a binary decision opens; mean relative level of a route. In [0, 1].
+        """
+        if self.routes:
+            self.offset.fill_(_route_offset(self.routes, round(rate, 2)))
+            return
+        p = torch.tensor(min(max(rate, 0.02), 0.98), dtype=torch.float64)
+        self.offset.fill_(torch.logit(p) if self.standardise is None else SPREAD * torch.special.ndtri(p))
+
+    def settle(self, logits: Tensor) -> Tensor:
+        """From what the policy returned to the logits of decisions, before `bias`; same shape and dtype."""
+        found = logits.float() if self.standardise is None else self.standardise(logits)
+        return (found + self.shift.float() + self._dearer(self.offset, found)).to(logits.dtype)
+
+    def _dearer(self, amount: Tensor, logits: Tensor) -> Tensor:
+        """An amount that favours computing more: to each binary decision, or growing over the arms of a route."""
+        return amount * torch.linspace(0, 1, self.routes, device=logits.device) if self.routes else amount
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Decide.
@@ -65,6 +144,7 @@ class Gate(nn.Module):
         """
         found: Any = self.policy(*inputs)
         logits, *rest = found if isinstance(found, tuple) else (found,)
+        logits = self.settle(logits)
         if self.routes:
             return self._route(logits), torch.softmax(logits, -1), *rest
         return self._decide(logits), torch.sigmoid(logits), *rest
@@ -77,8 +157,7 @@ class Gate(nn.Module):
 
     def _route(self, logits: Tensor) -> Tensor:
         if not self.training:
-            dearer = torch.linspace(0, 1, self.routes, device=logits.device)
-            chosen = (logits.float() + self.bias * dearer).argmax(-1)
+            chosen = (logits.float() + self._dearer(self.bias, logits)).argmax(-1)
             return torch.where(self.enabled, chosen, self.open_arm)
         p = torch.softmax(logits, -1)
         full = F.one_hot(torch.full(p.shape[:-1], self.open_arm, device=p.device), self.routes).to(p.dtype)
@@ -94,3 +173,16 @@ class Gate(nn.Module):
     def extra_repr(self) -> str:
         kind = f"routes={self.routes}" if self.routes else "binary"
         return f"{kind}, enabled={bool(self.enabled)}, bias={float(self.bias):.4g}"
+
+
+@functools.lru_cache
+def _route_offset(routes: int, rate: float) -> float:
+    """The offset at which independent standardised logits choose a mean relative level, by simulation."""
+    noise = SPREAD * torch.randn(8192, routes, generator=torch.Generator().manual_seed(0))
+    levels = torch.linspace(0, 1, routes)
+    low, high = -50.0, 50.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        found = float(levels[(noise + middle * levels).argmax(-1)].mean())
+        low, high = (middle, high) if found < rate else (low, middle)
+    return low

@@ -1,12 +1,10 @@
-"""Policies: what a gate decides by. Each gives logits of what to compute, and starts open for nearly every sample."""
+"""Policies: what a gate decides by. Each gives logits of what to compute."""
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from dyncompile.errors import ArgumentError
-from dyncompile.nn.gates import OPEN_LOGIT
 from dyncompile.nn.heads import Feature, Pool
 
 
@@ -24,7 +22,7 @@ class FeedForwardPolicy(nn.Module):
         self.pool = Pool(feature)
         self.norm = nn.LayerNorm(feature.channels)
         self.inner = nn.Linear(feature.channels, hidden)
-        self.outer = opening(hidden, outputs)
+        self.outer = last_layer(hidden, outputs)
         self.squeeze = outputs == 0
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -43,7 +41,7 @@ class RecurrentCore(nn.Module):
     def __init__(self, hidden: int) -> None:
         super().__init__()
         self.cell = nn.LSTMCell(hidden, hidden)
-        self.outer = opening(hidden)
+        self.outer = last_layer(hidden)
 
     def forward(self, x: Tensor, state: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Logit `[N]` and next state for what a gate saw, `[N, hidden]`."""
@@ -102,7 +100,7 @@ class ConvolutionalPolicy(nn.Module):
             raise ArgumentError(
                 "features", found=f"{list(feature.shape)}", expected="one to three dims to convolve over"
             )
-        convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(sizes) - 1]
+        convolution: Callable[..., nn.Module] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(sizes) - 1]
         stride = tuple(max(2, size // 16) for size in sizes)
         kernel = tuple(max(3, step) for step in stride)
         padding = tuple(1 if k > s else 0 for k, s in zip(kernel, stride, strict=True))
@@ -117,16 +115,13 @@ class ConvolutionalPolicy(nn.Module):
             nn.GroupNorm(1, 4 * width),
             nn.ReLU(),
         )
-        self.outer = opening(4 * width, outputs)
+        self.outer = last_layer(4 * width, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits for an input of the shape that the feature tells."""
         return self.outer(self.layers(x.movedim(self.dims, (0, 1))).flatten(2).mean(-1))  # type: ignore[no-any-return]
 
 
-def opening(width: int, outputs: int = 0) -> nn.Linear:
-    """The last layer of a policy, which starts open: `outputs` logits, or 0 for one."""
-    layer = nn.Linear(width, max(outputs, 1))
-    with torch.no_grad():
-        layer.bias.fill_(OPEN_LOGIT)
-    return layer
+def last_layer(width: int, outputs: int = 0) -> nn.Linear:
+    """The last layer of a policy: `outputs` logits, or 0 for one; a gate shifts them, so it has no bias."""
+    return nn.Linear(width, max(outputs, 1), bias=False)

@@ -44,10 +44,14 @@ def activation(trace: "Trace", name: str) -> Tensor:
     decision = trace.decisions[name]
     if name not in trace.routes:
         return widen(decision) if decision.is_floating_point() else decision.float()
-    highest = trace.routes[name] - 1
     if not decision.is_floating_point():
-        return decision / highest
-    return widen(decision) @ torch.linspace(0, 1, highest + 1, device=decision.device)
+        return decision / (trace.routes[name] - 1)
+    return _level(widen(decision), routed=True)
+
+
+def _level(p: Tensor, routed: bool) -> Tensor:
+    """The expected relative level of weights `[..., K]` of a route; else what it is given."""
+    return p @ torch.linspace(0, 1, p.shape[-1], device=p.device) if routed else p
 
 
 def activation_rates(trace: "Trace") -> dict[str, Tensor]:
@@ -61,15 +65,16 @@ def gate_probabilities(trace: "Trace") -> dict[str, Tensor]:
     A gate that makes D decisions gives their probabilities in its last dim (the one before K for routes), in the order
     in which the decisions are carried out.
     """
-    found = {}
-    owned: dict[str, list[str]] = {}
+    found: dict[str, Tensor] = {}
+    taken: dict[str, int] = {}
     for name in gate_decisions(trace):
-        owned.setdefault(trace.owners[name], []).append(name)
-    for owner, names in owned.items():
+        owner, decision = trace.owners[name], trace.decisions[name]
         p = widen(trace.probabilities[owner])
-        for i, name in enumerate(names):
-            found[name] = p if len(names) == 1 else p.select(-2 if name in trace.routes else -1, i)
-    return {name: found[name] for name in gate_decisions(trace)}
+        routed = name in trace.routes
+        own = decision.dim() + (routed and not decision.is_floating_point())
+        column = taken[owner] = taken.get(owner, -1) + 1
+        found[name] = p if p.dim() == own else p.select(-2 if routed else -1, column)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,13 +117,14 @@ class BatchShaping(Objective):
     """The probabilities of each gate follow a prior over the batch (arXiv 1907.06627).
 
     `weight * mean_g sum_i (i / (N + 1) - F_g(p_(i)))^2 / N`, the Cramer-von-Mises distance of the sorted probabilities
-    of gate g in the batch to a Beta distribution with the CDF F_g. Its mean is the target rate; with a concentration
-    below 2 it is low in the middle, so gates come to be open for some samples and closed for others, and a dead or an
-    always-open gate is far from it. The arms of a route have a prior each, whose means are the distribution of highest
-    entropy with the mean level of the target.
+    of gate g in the batch to a Beta distribution with the CDF F_g. With a concentration below 2 that is low in the
+    middle, so gates come to be open for some samples and closed for others, and a dead or an always-open gate is far
+    from it. The mean of the prior is a target rate; or, with an interval, the gate's own mean probability brought into
+    it: then gates differ as the task and the cost want, and none is dead or always open. The arms of a route have a
+    prior each, whose means are the distribution of highest entropy with the mean level of the target.
 
     Args:
-        target: Mean of the prior: how often a gate is open; as in `ActivationRate`, inside (0, 1).
+        target: Mean of the prior, how often a gate is open: as in `ActivationRate`, inside (0, 1); or an interval.
         concentration: a + b of Beta(a, b), above 0; 1 is the paper's.
         weight: Factor, above 0.
 
@@ -127,12 +133,17 @@ class BatchShaping(Objective):
             are not above 0.
     """
 
-    target: Rates = 0.6
+    target: Rates | tuple[float, float] = (0.15, 0.85)
     concentration: float = 1.0
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_rates(self.target, inside=True)
+        if isinstance(self.target, tuple):
+            low, high = self.target
+            if not 0 < low <= high < 1:
+                raise ArgumentError("target", found=self.target, expected="an interval (low, high) inside (0, 1)")
+        else:
+            _check_rates(self.target, inside=True)
         _check_positive(weight=self.weight, concentration=self.concentration)
 
     def parts(
@@ -144,7 +155,7 @@ class BatchShaping(Objective):
         """See `Objective.parts`."""
         probabilities = gate_probabilities(trace)
         apart = []
-        for name, rate in _aimed(self.target, list(probabilities)).items():
+        for name, rate in self._means(trace, probabilities).items():
             p = probabilities[name]
             # The prior of an aim at 1 would be a point.
             bounded = min(max(rate, 0.01), 0.99)
@@ -153,6 +164,13 @@ class BatchShaping(Objective):
             else:
                 apart.append(self._distance(p.reshape(-1, 1), [bounded]))
         return {"sparsity/shape": self.weight * _mean(apart, trace)}
+
+    def _means(self, trace: "Trace", probabilities: dict[str, Tensor]) -> dict[str, float]:
+        if not isinstance(self.target, tuple):
+            return _aimed(self.target, list(probabilities))
+        low, high = self.target
+        own = {n: float(_level(p.detach(), n in trace.routes).mean()) for n, p in probabilities.items()}
+        return {name: min(max(rate, low), high) for name, rate in own.items()}
 
     def _distance(self, p: Tensor, means: list[float]) -> Tensor:
         """Of `[M, C]` probabilities to the priors of their columns, averaged."""

@@ -51,7 +51,7 @@ class PolicyGradient(Objective):
         model: The model that is traced; not copied.
         gamma: What a wrong prediction costs, not negative.
         target: Expected cost to aim at, 1.0 = the static model; or what moves it, a `GateSchedule`. None: as BlockDrop.
-        strength: s.
+        strength: s, not negative; 0 where another objective sees to the cost.
         baseline: b_n. "self_critical": the reward of the likeliest decisions, from a second run of the model in
             evaluation mode (BlockDrop; Rennie et al., arXiv 1612.00563). "batch": the mean reward of the batch's other
             samples, without a second run. Both leave the gradient unbiased and keep no state, so that a run that
@@ -80,9 +80,10 @@ class PolicyGradient(Objective):
             raise ArgumentError("target", found=self.target, expected="a cost above 0")
         if self.baseline not in ("self_critical", "batch"):
             raise ArgumentError("baseline", found=repr(self.baseline), expected='"self_critical" or "batch"')
-        for name, value in (("weight", self.weight), ("strength", self.strength)):
-            if not value > 0:
-                raise ArgumentError(name, found=value, expected="a number above 0")
+        if not self.weight > 0:
+            raise ArgumentError("weight", found=self.weight, expected="a number above 0")
+        if not self.strength >= 0:
+            raise ArgumentError("strength", found=self.strength, expected="a number that is not negative")
 
     def parts(self, trace: "Trace", targets: Tensor, inputs: Inputs | None = None) -> dict[str, Tensor]:
         """See `Objective.parts`; 0 in evaluation, where nothing is drawn."""
@@ -139,14 +140,18 @@ def log_probability(trace: "Trace", names: list[str]) -> Tensor | None:
     return torch.stack(total).sum(0) if total else None
 
 
-def full_depth_cost(costs: CostModel, trace: "Trace") -> Tensor:
+def full_depth_cost(costs: CostModel, trace: "Trace", *, expected: bool = False) -> Tensor:
     """Cost `[N]` of samples that no exit lets go, 1.0 = the static model.
 
     Args:
         costs: Of the model in training, with every exit and gate.
         trace: In training or evaluation.
+        expected: By the probabilities of gates instead of what was drawn from them: the mean of the same, without its
+            noise.
     """
     decisions = {n: torch.zeros_like(d) if n in trace.exits else d for n, d in trace.decisions.items()}
+    if expected:
+        decisions |= gate_probabilities(trace)
     cost = costs.expected(decisions)
     return cost.to(trace.final.device).expand(trace.cost.shape)
 

@@ -16,7 +16,7 @@ from dyncompile.errors import ArgumentError
 from dyncompile.module import DynamicModule, decision_owners, decision_routes
 from dyncompile.nn import Gate
 from dyncompile.nn.estimators import Reinforce
-from dyncompile.training.gating import BatchShaping, arm_shares
+from dyncompile.training.gating import BatchShaping, Rates, arm_shares
 from dyncompile.training.objectives import Objective
 from dyncompile.training.policy import PolicyGradient, full_depth_cost
 
@@ -64,6 +64,7 @@ class GateSchedule:
         warmup: Share of training in which gates are open.
         settled: Share of training after which the target stays.
         cost_weight: Of (cost - target)^2, with the cost averaged over the batch.
+        guard: Target of `BatchShaping`: between which rates a gate is left to itself, or one rate for all.
         guard_weight: Of `BatchShaping`; 0 leaves it out.
 
     Raises:
@@ -77,9 +78,10 @@ class GateSchedule:
         *,
         target_cost: float,
         warmup: float = 0.1,
-        settled: float = 0.6,
-        cost_weight: float = 20.0,
-        guard_weight: float = 1.0,
+        settled: float = 0.5,
+        cost_weight: float = 100.0,
+        guard: Rates | tuple[float, float] = (0.15, 0.85),
+        guard_weight: float = 20.0,
     ) -> None:
         self.dyn = dyn
         self.gates = {name: gate for name, gate in dyn.gates.items() if isinstance(gate, Gate)}
@@ -109,9 +111,10 @@ class GateSchedule:
         self._drawn = [name for name, owner in owners.items() if self._is_drawn(owner)]
         self.objective: Objective = GateCost(schedule=self, costs=self._costs, weight=cost_weight)
         if guard_weight:
-            self.objective += BatchShaping(target=self, weight=guard_weight)
+            self.objective += BatchShaping(target=guard, weight=guard_weight)
         if self._drawn:
-            self.objective += PolicyGradient(model=dyn, target=self)
+            # The cost is seen to without draws.
+            self.objective += PolicyGradient(model=dyn, target=self, strength=0.0)
 
     def _is_drawn(self, owner: str) -> bool:
         return owner in self.gates and isinstance(self.gates[owner].estimator, Reinforce)
@@ -130,6 +133,11 @@ class GateSchedule:
         return float(np.interp(self.target, self._cost_at, self._rates))
 
     @property
+    def enabled(self) -> bool:
+        """Whether the warm-up is over."""
+        return self.progress >= self.warmup
+
+    @property
     def held(self) -> frozenset[str]:
         """Decisions that are held open now."""
         free = int(np.ceil(self._annealed * len(self._drawn)))
@@ -138,9 +146,9 @@ class GateSchedule:
     @property
     def _annealed(self) -> float:
         """Share of the way from open gates to the target."""
-        if self.progress >= self.settled:
-            return 1.0
-        return max(0.0, self.progress - self.warmup) / (self.settled - self.warmup)
+        if self.progress <= self.warmup:
+            return 0.0
+        return min(1.0, (self.progress - self.warmup) / max(self.settled - self.warmup, 1e-9))
 
     def update(self, progress: float) -> None:
         """Set what the model's gates are at this point of training.
@@ -149,10 +157,10 @@ class GateSchedule:
             progress: Share of training that is done, in [0, 1]; 1 leaves the gates enabled.
         """
         self.progress = progress
-        enabled = progress >= self.warmup
         after = 1.0 if progress >= 1 else max(0.0, progress - self.warmup) / (1 - self.warmup or 1.0)
         for gate in self.gates.values():
-            gate.enabled.fill_(enabled)
+            gate.enabled.fill_(self.enabled)
+            gate.aim(self.rate)
             gate.estimator.anneal(after)
 
     @contextlib.contextmanager
@@ -183,6 +191,9 @@ class GateSchedule:
 class GateCost(Objective):
     """`weight * (mean(cost) - target)^2` of what samples cost that no exit lets go; the schedule moves the target.
 
+    In training the cost is the expected one, by the probabilities of enabled gates: it is differentiable whatever the
+    estimator, and has no noise of draws; in evaluation it is that of the decisions.
+
     Args:
         schedule: Whose target it is.
         costs: Of the model in training.
@@ -200,7 +211,7 @@ class GateCost(Objective):
         inputs: Inputs | None = None,  # noqa: ARG002
     ) -> dict[str, Tensor]:
         """See `Objective.parts`."""
-        cost = full_depth_cost(self.costs, trace).mean()
+        cost = full_depth_cost(self.costs, trace, expected=self.schedule.dyn.training and self.schedule.enabled).mean()
         return {"sparsity/cost": self.weight * (cost - self.schedule.target) ** 2}
 
 

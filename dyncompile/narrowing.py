@@ -1,0 +1,294 @@
+"""Run a part of a graph on fewer channels: the same weights, sliced; nothing is copied but norms with statistics."""
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from dyncompile.channels import (
+    BATCH_NORMS,
+    CONVOLUTIONS,
+    DROPOUTS,
+    LINEARS,
+    POINTWISE,
+    POOLS,
+    ChannelGroup,
+    describe,
+    sizes_argument,
+)
+from dyncompile.graph import Graph, attribute, is_tensor, spec
+from dyncompile.nn.narrow import ArmBatchNorm, ArmDropout, private_norm
+from dyncompile.ops import is_select
+
+aten = torch.ops.aten
+
+_KNOWN = (
+    *(*CONVOLUTIONS, *LINEARS, *BATCH_NORMS, *DROPOUTS, *POINTWISE, *POOLS),
+    *(nn.LayerNorm, nn.GroupNorm, nn.PReLU, nn.Softmax),
+)
+_CHANNELS_SECOND = (*CONVOLUTIONS, *BATCH_NORMS, nn.GroupNorm, nn.PReLU)
+_SCALING = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Region:
+    """What has to run again to narrow some groups of channels.
+
+    Attributes:
+        groups: What is narrowed.
+        nodes: The layers that make or read the groups' channels and all that lies between them, in order.
+        exits: Those whose values, of full width, are read elsewhere.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    nodes: tuple[Node, ...]
+    exits: tuple[Node, ...]
+
+    @property
+    def source(self) -> Node:
+        """What the first layer reads."""
+        return self.nodes[0].args[0]  # type: ignore[return-value]
+
+    def width(self, node: Node, parts: Sequence[int]) -> tuple[int, int] | None:
+        """Where a value is narrowed, as (dim, entries left), with so many parts of each group kept; None if nowhere."""
+        for group, kept in zip(self.groups, parts, strict=True):
+            if node in group.dims and kept < group.parts:
+                return group.dims[node], group.kept(node, kept)
+        return None
+
+
+def region(graph: Graph, groups: Sequence[ChannelGroup], *, norms: bool) -> Region:
+    """Find what has to run again to narrow some groups.
+
+    Args:
+        graph: Left as it is.
+        groups: Free of obstacles.
+        norms: Also the batch norm behind a layer that reads the channels, if it alone reads that layer.
+    """
+    own = {n for group in groups for n in (*group.dims, *group.consumers) if n.op != "get_attr"}
+    if norms:
+        for layer in [n for group in groups for n in group.consumers]:
+            user = next(iter(layer.users))
+            alone = len(layer.users) == 1 and user.op == "call_module"
+            if alone and isinstance(graph.module_of(user), nn.modules.batchnorm._BatchNorm):
+                own.add(user)
+    ahead = _reached(graph.fx.nodes, own, lambda n: n.all_input_nodes)
+    inside = ahead & _reached(reversed(graph.fx.nodes), own, lambda n: n.users)
+    nodes = tuple(n for n in graph.fx.nodes if n in inside)
+    exits = tuple(n for n in nodes if any(user not in inside for user in n.users))
+    return Region(groups=tuple(groups), nodes=nodes, exits=exits)
+
+
+def _reached(nodes: Any, start: Collection[Node], step: Any) -> set[Node]:
+    found = set(start)
+    for node in nodes:
+        if any(other in found for other in step(node)):
+            found.add(node)
+    return found
+
+
+def obstacle(graph: Graph, found: Region) -> str | None:
+    """Why a region cannot run in arms of several widths; None if it can."""
+    for group in found.groups:
+        if tied := _residual(found, group):
+            makers = ", ".join(f"`{layer.target}`" for layer in group.producers)
+            return f"its channels lie on a residual stream: {describe(graph, tied)} ties those of {makers}"
+    narrowed = {n for group in found.groups for n in group.dims}
+    for node in found.nodes:
+        module = graph.module_of(node)
+        words = describe(graph, node)
+        norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and node in found.exits
+        if module is not None and type(module) not in _KNOWN and not norm:
+            return f"{words}, between the layers that make and read its channels, cannot be run in arms"
+        tags = getattr(node.target, "tags", ())
+        if is_select(node) or torch.Tag.nondeterministic_seeded in tags or "decision" in node.meta:
+            return f"{words}, between the layers that make and read its channels, decides or draws random numbers"
+        if node in found.exits and (node in narrowed or not is_tensor(node)):
+            return f"{words} is read elsewhere"
+    for node in (found.source, *found.exits):
+        if not is_tensor(node) or not node.meta["sliceable"] or spec(node).batch_dim is None:
+            return f"`{node.name}` has no row for each sample"
+    return None
+
+
+def _residual(found: Region, group: ChannelGroup) -> Node | None:
+    """Where what a reader of the channels computes is added to them.
+
+    Where it only scales them (squeeze-and-excitation), each arm computes the scale of its own channels.
+    """
+    behind: set[Node] = set()
+    for node in found.nodes:
+        if not any(source in behind for source in node.all_input_nodes):
+            if node in group.consumers:
+                behind.add(node)
+            continue
+        behind.add(node)
+        others = [s for s in node.all_input_nodes if s in group.dims and s not in behind and s.op != "get_attr"]
+        if node in group.dims and others and node.target not in _SCALING:
+            return node
+    return None
+
+
+class Arm:
+    """Inserts one narrow copy of a region.
+
+    Args:
+        graph: Changed in place.
+        found: The region.
+        parts: Of each group, how many parts are kept.
+        owner: Path of the gate, which owns the arm's modules.
+        label: Tells the arm's modules from those of others.
+        switchable: Norms that see other values at another width keep statistics of their own.
+    """
+
+    def __init__(
+        self, graph: Graph, found: Region, parts: Sequence[int], *, owner: str, label: str, switchable: bool
+    ) -> None:
+        self.graph = graph
+        self.found = found
+        self.parts = parts
+        self.owner = owner
+        self.label = label
+        self.switchable = switchable
+        self.values: dict[Node, Node] = {}
+        self.changed: set[Node] = set()
+        self.place: Node = found.nodes[0]
+
+    def insert(self, ends: dict[Node, Node]) -> dict[Node, Node]:
+        """Insert the copy, each node behind its original.
+
+        Args:
+            ends: For each original what was last inserted behind it; brought up to date.
+
+        Returns:
+            The copy of each exit.
+        """
+        for node in self.found.nodes:
+            self.place = ends.get(node, node)
+            self.values[node] = self._copy(node)
+            ends[node] = self.place
+        return {node: self.values[node] for node in self.found.exits}
+
+    def _emit(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        op = {True: "call_module", False: "call_function"}[isinstance(target, str)]
+        with self.graph.fx.inserting_after(self.place):
+            self.place = self.graph.fx.create_node(op, target, args, kwargs)
+        return self.place
+
+    def _part(self, path: str, *cuts: tuple[int, int] | None) -> Node | None:
+        """A parameter or buffer, cut to the first entries of some dims."""
+        if attribute(self.graph.root, path) is None:
+            return None
+        with self.graph.fx.inserting_after(self.place):
+            self.place = self.graph.fx.create_node("get_attr", path)
+        return self._sliced(self.place, *cuts)
+
+    def _sliced(self, value: Node, *cuts: tuple[int, int] | None) -> Node:
+        for cut in cuts:
+            if cut is not None:
+                value = self._emit(aten.slice.Tensor, value, cut[0], 0, cut[1])
+        return value
+
+    def _read(self, node: Node) -> Node:
+        """What the arm reads in place of a node."""
+        cut = self.found.width(node, self.parts)
+        if node.op == "get_attr" and cut is not None:
+            return self._sliced(node, cut)
+        return self.values.get(node, node)
+
+    def _cut(self, node: Node, dim: int) -> tuple[int, int] | None:
+        """How a value is narrowed, if it is along this dim."""
+        cut = self.found.width(node, self.parts)
+        return cut if cut is not None and cut[0] == dim else None
+
+    # --- one node --------------------------------------------------------------------------------
+
+    def _copy(self, node: Node) -> Node:
+        module = self.graph.module_of(node)
+        if any(source in self.changed for source in node.all_input_nodes):
+            self.changed.add(node)
+        new = self._again(node) if module is None else self._layer(node, module)
+        new.meta = {key: node.meta[key] for key in ("path", "stack_trace") if key in node.meta}
+        return new
+
+    def _again(self, node: Node) -> Node:
+        mapped = {source: self._read(source) for source in node.all_input_nodes}
+        args: Any = torch.fx.map_arg(node.args, lambda n: mapped[n])
+        kwargs: Any = torch.fx.map_arg(node.kwargs, lambda n: mapped[n])
+        cut = self.found.width(node, self.parts) if is_tensor(node) else None
+        if cut is not None and (where := sizes_argument(node)) is not None:
+            index, first = where
+            sizes = list(args[index])
+            if 0 <= cut[0] - first < len(sizes) and sizes[cut[0] - first] == spec(node).shape[cut[0]]:
+                sizes[cut[0] - first] = cut[1]
+            args = (*args[:index], sizes, *args[index + 1 :])
+        return self._emit(node.target, *args, **kwargs)
+
+    def _layer(self, node: Node, module: nn.Module) -> Node:
+        source: Node = node.args[0]  # type: ignore[assignment]
+        x = self._read(source)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            return self._batch_norm(node, module, x)
+        if type(module) in DROPOUTS:
+            path = f"{self.owner}.{self.label}_{node.name}"
+            self.graph.add_module(path, ArmDropout(module))
+            return self._emit(path, self._part(f"{self.owner}.enabled"), x, *node.args[1:])
+        channels = 1 if isinstance(module, _CHANNELS_SECOND) else len(spec(node).shape) - 1
+        made, read = self._cut(node, channels), self._cut(source, channels)
+        if (made, read) == (None, None) or type(module) in (*POINTWISE, *POOLS):
+            return self._emit(node.target, x, *node.args[1:], **node.kwargs)
+        along = getattr(module, "groups", 1) > 1 or isinstance(module, nn.GroupNorm | nn.PReLU)
+        if read is not None and not along:
+            self.changed.add(node)  # it mixes the channels, so all that follows sees other values
+        return self._narrow(node, module, x, made and made[1], read and read[1])
+
+    def _narrow(self, node: Node, module: Any, x: Node, made: int | None, read: int | None) -> Node:
+        """A layer with parameters, from the first input channels to the first output channels."""
+        rows = None if made is None else (0, made)
+        if isinstance(module, nn.PReLU):
+            own = rows if module.num_parameters > 1 else None
+            return self._emit(aten.prelu.default, x, self._part(f"{node.target}.weight", own))
+        columns = None if read is None or type(module) not in (*CONVOLUTIONS, *LINEARS) else (1, read)
+        groups = getattr(module, "groups", 1)
+        if groups > 1:
+            columns, groups = None, groups * (made or 1) // module.out_channels
+        weight, bias = self._part(f"{node.target}.weight", rows, columns), self._part(f"{node.target}.bias", rows)
+        if isinstance(module, nn.Linear):
+            return self._emit(aten.linear.default, x, weight, bias)
+        if isinstance(module, nn.LayerNorm):
+            return self._emit(aten.layer_norm.default, x, [made], weight, bias, module.eps)
+        if isinstance(module, nn.GroupNorm):
+            groups = module.num_groups * (made or 0) // module.num_channels
+            return self._emit(aten.group_norm.default, x, groups, weight, bias, module.eps)
+        kind = getattr(aten, f"conv{len(module.kernel_size)}d")
+        named = isinstance(module.padding, str)
+        padding: Any = module.padding if named else list(module.padding)
+        geometry = (list(module.stride), padding, list(module.dilation), groups)
+        return self._emit(kind.padding if named else kind.default, x, weight, bias, *geometry)
+
+    def _batch_norm(self, node: Node, module: nn.modules.batchnorm._BatchNorm, x: Node) -> Node:
+        cut = self._cut(node, 1)
+        path = f"{self.owner}.{self.label}_{node.name}"
+        if node in self.changed and self.switchable:
+            self.graph.add_module(path, private_norm(module, module.num_features if cut is None else cut[1]))
+            return self._emit(path, x)
+        self.graph.add_module(path, ArmBatchNorm(module.eps))
+        names = ("weight", "bias", "running_mean", "running_var")
+        return self._emit(path, x, *(self._part(f"{node.target}.{name}") for name in names))
+
+
+def saved_flops(graph: Graph, found: Region, parts: Sequence[int]) -> float:
+    """FLOPs per sample that a narrow copy of a region leaves out."""
+    total = 0.0
+    for node in found.nodes:
+        share = 1.0
+        if type(graph.module_of(node)) in (*CONVOLUTIONS, *LINEARS):
+            grouped = getattr(graph.module_of(node), "groups", 1) > 1
+            for value in (node,) if grouped else (node, node.args[0]):
+                cut = found.width(value, parts)  # type: ignore[arg-type]
+                share *= 1.0 if cut is None else cut[1] / spec(value).shape[cut[0]]  # type: ignore[arg-type]
+        total += graph.flops(node) * (1 - share)
+    return total

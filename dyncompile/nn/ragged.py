@@ -1,0 +1,106 @@
+"""Sequences of which each sample keeps some steps, run by torch's own recurrent kernels over those steps alone."""
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from itertools import zip_longest
+
+import torch
+from torch import Tensor
+
+from dyncompile.capture.recurrent import KERNELS, RecurrentLayer
+
+CALL_FLOPS = 4e6
+"""FLOPs that a kernel could do in the time that calling it takes; measured on one CPU core."""
+
+
+class Ragged:
+    """The kept steps of a batch, moved together.
+
+    Samples are ordered by how many steps they keep, most first, so that those which still run are always the first
+    ones. The steps are cut into stretches, each one call of a kernel on the samples that reach it.
+
+    Args:
+        kept: `[N, T]` bool.
+        batch_first: Whether sequences are `[N, T, D]`, else `[T, N, D]`.
+        reverse: Whether the sequence is read from its end.
+    """
+
+    def __init__(self, kept: Tensor, *, batch_first: bool, reverse: bool = False) -> None:
+        self.batch_first = batch_first
+        self.reverse = reverse
+        self.batch, self.length = kept.shape
+        kept = kept.flip(1) if reverse else kept
+        done = kept.cumsum(1)
+        count = done[:, -1]
+        order = count.argsort(descending=True, stable=True)
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(self.batch, device=kept.device)
+        self.order, self.rank = order, rank
+        self.counts: list[int] = count[order].tolist()
+        sample, step = kept.nonzero(as_tuple=True)
+        # Which row of the sequence the k-th kept step of a sample is.
+        place = (done[sample, step] - 1) * self.batch + rank[sample]
+        when = self.length - 1 - step if reverse else step
+        row = sample * self.length + when if batch_first else when * self.batch + sample
+        self.source = kept.new_zeros(self.counts[0] * self.batch, dtype=torch.int64).index_copy_(0, place, row)
+        # Row 0 of the outputs is the state before the first step: the output until a step is kept.
+        spread = done * self.batch + rank.unsqueeze(1)
+        self.last = spread[:, -1]
+        spread = spread.flip(1) if reverse else spread
+        self.spread = (spread if batch_first else spread.t()).flatten()
+
+    def run(
+        self, form: RecurrentLayer, x: Tensor, state: tuple[Tensor, ...], weights: tuple[Tensor, ...], *, exact: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Run one direction of a layer over the kept steps.
+
+        Args:
+            form: The layer.
+            x: The whole sequence.
+            state: Before the first step, `[N, ...]` each.
+            weights: Of the direction.
+            exact: Whether the cell state after a sample's last step is asked for; else it is left out.
+
+        Returns:
+            The output for every step, in the layout of `x`; and the final state, `[N, ...]` each.
+        """
+        now = [s.index_select(0, self.order) for s in state]
+        longest = self.counts[0]
+        compact = x.reshape(-1, x.shape[-1]).index_select(0, self.source).view(longest, self.batch, x.shape[-1])
+        outputs = compact.new_empty(1 + longest, *now[0].shape)
+        outputs[0] = now[0]
+        flops = 2.0 * sum(w.numel() for w in weights if w.dim() == 2)
+        exact = exact or len(now) == 1
+        for start, end, rows in self._stretches(CALL_FLOPS / flops, every=exact and len(now) > 1):
+            given = [s[:rows].unsqueeze(0) for s in now]
+            part = compact[start:end, :rows]
+            hx = given if len(given) > 1 else given[0]
+            out, *after = KERNELS[form.mode](part, hx, weights, form.bias, 1, 0.0, False, False, False)
+            outputs[1 + start : 1 + end, :rows] = out
+            for old, new in zip(now, after, strict=True):
+                old[:rows] = new[0]
+        flat = outputs.view(-1, outputs.shape[-1])
+        out = flat.index_select(0, self.spread)
+        leading = (self.batch, self.length) if self.batch_first else (self.length, self.batch)
+        # Where samples ended inside a stretch their cell state went on; their output did not.
+        final = [flat.index_select(0, self.last), *(s.index_select(0, self.rank) for s in now[1:] if exact)]
+        return out.view(*leading, -1), tuple(final)
+
+    def _stretches(self, worth: float, *, every: bool) -> Iterator[tuple[int, int, int]]:
+        """(first step, end, samples) of each call.
+
+        Args:
+            worth: Steps of a sample that may be wasted to save a call.
+            every: Cut wherever a sample ends, so that its final state can be read.
+        """
+        ends = sorted({c for c in self.counts if c})
+        start, rows, waste = 0, self._reach(0), 0.0
+        for end, following in zip_longest(ends, ends[1:]):
+            waste += 0 if following is None else (rows - self._reach(end)) * (following - end)
+            if every or following is None or waste > worth:
+                yield start, end, rows
+                start, rows, waste = end, self._reach(end), 0.0
+
+    def _reach(self, step: int) -> int:
+        """How many samples keep more than `step` steps."""
+        return bisect_left(self.counts, -step, key=lambda c: -c)

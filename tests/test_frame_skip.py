@@ -1,0 +1,644 @@
+"""Frame skip: the steps that an agent skips copy the state, and do not run."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import dyncompile as dc
+from dyncompile.capture import capture
+from dyncompile.capture.recurrent import KERNELS, RecurrentLayer
+from dyncompile.errors import ArgumentError, CaptureError, PassError
+from dyncompile.nn import SkippingLayer
+from dyncompile.nn.ragged import CALL_FLOPS
+from dyncompile.passes import Refusal, Site
+from dyncompile.passes.frame_skip import FrameSkip
+from dyncompile.testing import forced
+
+WIDTH, HIDDEN, STEPS = 6, 8, 7
+PROJECTION = "ignore:LSTM with projections is not supported with oneDNN"
+
+
+class Reader(nn.Module):
+    """Reads a sequence by a recurrent stack, and gives what it is told to of the results."""
+
+    def __init__(self, kind=nn.LSTM, *, reads=("last", "h", "c"), given=False, **options):
+        super().__init__()
+        self.rnn = kind(WIDTH, HIDDEN, **options)
+        self.reads, self.given = reads, given
+        directions = 1 + self.rnn.bidirectional
+        self.size = self.rnn.proj_size or HIDDEN
+        self.fc = nn.Linear(directions * self.size, 3)
+
+    def forward(self, x):
+        state = None
+        if self.given:
+            batch = x.shape[0 if self.rnn.batch_first else 1]
+            count = self.rnn.num_layers * (1 + self.rnn.bidirectional)
+            h = torch.linspace(-1, 1, self.size, device=x.device).expand(count, batch, -1)
+            c = torch.linspace(-1, 1, HIDDEN, device=x.device).expand(count, batch, -1)
+            state = (h, c) if isinstance(self.rnn, nn.LSTM) else h
+        out, state = self.rnn(x, state)
+        h, c = state if isinstance(state, tuple) else (state, state)
+        y = self.fc(out[:, -1] if self.rnn.batch_first else out[-1])
+        if "all" in self.reads:
+            y = y + self.fc(out).sum(1 if self.rnn.batch_first else 0)
+        if "h" in self.reads:
+            y = y + h.sum((0, 2)).unsqueeze(1)
+        return y + c.sum((0, 2)).unsqueeze(1) if "c" in self.reads else y
+
+
+class Video(nn.Module):
+    """Features of each frame by a convolutional backbone, then an LSTM over them."""
+
+    def __init__(self, variant="plain", steps=5):
+        super().__init__()
+        self.backbone = nn.Sequential(
+            *(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
+            *(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        )
+        self.rnn = nn.LSTM(16, HIDDEN, batch_first=variant != "steps first")
+        self.fc = nn.Linear(HIDDEN, 3)
+        self.variant = variant
+
+    def forward(self, x):
+        n, t = x.shape[:2]
+        features = self.backbone(x.flatten(0, 1))
+        if self.variant == "centred":
+            mean = features.view(n, t, -1).mean(1, keepdim=True)
+            features = features - mean.expand(-1, t, -1).reshape(n * t, -1)
+        sequence = features.view(n, t, -1)
+        if self.variant == "steps first":
+            return self.fc(self.rnn(sequence.transpose(0, 1))[0][-1])
+        y = self.fc(self.rnn(sequence)[0][:, -1])
+        return y + features.view(n, t, -1).sum((1, 2)).unsqueeze(1) if self.variant == "read twice" else y
+
+
+def sequences(batch, model, device, steps=STEPS):
+    shape = (batch, steps, WIDTH) if model.rnn.batch_first else (steps, batch, WIDTH)
+    return torch.randn(shape, device=device)
+
+
+def converted(model, device, *, example=None, **options):
+    model = model.to(device).eval()
+    x = sequences(3, model, device) if example is None else example
+    dims = {} if model.rnn.batch_first or x.dim() == 5 else {"batch_dims": {"x": 1}}
+    options.setdefault("hidden", 4)
+    return dc.dynamize(model, FrameSkip(**options), example_inputs=x, **dims).eval()
+
+
+def enable(dyn):
+    """Switch the agents on, and make them undecided: some steps are kept, others not."""
+    for gate in dyn.gates.values():
+        gate.enabled.fill_(True)
+        layers = [layer for layer in gate.policy.modules() if isinstance(layer, nn.Linear)]
+        with torch.no_grad():
+            for layer in layers:
+                layer.weight.copy_(torch.linspace(-2, 2, layer.weight.numel()).cos().view_as(layer.weight))
+                layer.bias.zero_()
+            layers[-1].weight.sub_(layers[-1].weight.mean())
+
+
+def kept(batch, steps, device, seed=0):
+    """A mask `[N, T]` of which rows keep none, all, or any number of steps."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(batch, steps, generator=generator) < torch.rand(batch, 1, generator=generator)
+    if batch > 2:
+        mask[0], mask[1] = False, True
+    return mask.to(device)
+
+
+def over_kept_steps(rnn, x, mask, state):
+    """What a recurrent layer of torch computes over each sample's kept steps alone, spread over all steps.
+
+    One layer; `x` `[N, T, D]`, a state of `[directions, N, ...]` each.
+    """
+    outs, finals = [], []
+    directions = 1 + rnn.bidirectional
+    for n in range(len(x)):
+        given = [s[:, n : n + 1] for s in state]
+        steps = mask[n].nonzero().view(-1)
+        if len(steps):
+            found, final = rnn(x[n : n + 1, steps], tuple(given) if len(given) > 1 else given[0])
+            final = final if isinstance(final, tuple) else (final,)
+            ways = found[0].unflatten(1, (directions, -1))
+        rows = []
+        for t in range(x.shape[1]):
+            before, after = (steps <= t).sum(), (steps < t).sum()
+            row = [ways[before - 1, 0] if before else given[0][0, 0]]
+            if directions == 2:
+                row.append(ways[after, 1] if after < len(steps) else given[0][1, 0])
+            rows.append(torch.cat(row))
+        outs.append(torch.stack(rows))
+        finals.append([f[:, 0] for f in (final if len(steps) else given)])
+    return torch.stack(outs), [torch.stack(parts, 1) for parts in zip(*finals, strict=True)]
+
+
+# --- what a skipped step means ---------------------------------------------------------------------
+
+LAYERS = [
+    (kind, batch_first, bidirectional, options)
+    for kind, batch_first, bidirectional in itertools.product((nn.LSTM, nn.GRU, nn.RNN), (True, False), (True, False))
+    for options in ({}, {"proj_size": 5}, {"bias": False}, {"nonlinearity": "relu"})
+    if ("proj_size" not in options or kind is nn.LSTM) and ("nonlinearity" not in options or kind is nn.RNN)
+]
+
+
+@pytest.mark.filterwarnings(PROJECTION)
+@pytest.mark.parametrize(("kind", "batch_first", "bidirectional", "options"), LAYERS)
+def test_a_layer_runs_over_the_kept_steps_alone(kind, batch_first, bidirectional, options, device):
+    rnn = kind(WIDTH, HIDDEN, batch_first=True, bidirectional=bidirectional, **options).to(device)
+    twin = kind(WIDTH, HIDDEN, batch_first=batch_first, bidirectional=bidirectional, **options)
+    form = RecurrentLayer(twin)
+    layer, weights = SkippingLayer(form), list(rnn.parameters())
+    for batch, given in ((1, True), (5, False), (5, True)):
+        x, mask = torch.randn(batch, STEPS, WIDTH, device=device), kept(batch, STEPS, device)
+        read = x if batch_first else x.transpose(0, 1)
+        state = form.initial(read)
+        state = tuple(torch.randn_like(s) for s in state) if given else state
+        with torch.no_grad():
+            expected, finals = over_kept_steps(rnn, x, mask, state)
+            for which in (layer, layer.lowered()):
+                passed = (state if len(state) > 1 else state[0]) if given else None
+                out, *after = which(None, mask.flatten(), read, passed, *weights)
+                torch.testing.assert_close(out if batch_first else out.transpose(0, 1), expected, rtol=0, atol=1e-5)
+                for a, b in zip(after, finals, strict=True):
+                    torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("length", range(1, 31))
+def test_compacted_equals_stepwise_at_every_length(length, bidirectional, device):
+    rnn = nn.LSTM(WIDTH, HIDDEN, batch_first=True, bidirectional=bidirectional).to(device)
+    weights = list(rnn.parameters())
+    for cell_read in (False, True):
+        layer = SkippingLayer(RecurrentLayer(rnn), cell_read=cell_read)
+        for batch in (1, 2, 7, 33):
+            x, mask = torch.randn(batch, length, WIDTH, device=device), kept(batch, length, device, seed=length)
+            with torch.no_grad():
+                expected = layer(None, mask.flatten(), x, None, *weights)
+                found = layer.lowered()(None, mask.flatten(), x, None, *weights)
+            assert len(found) >= 2 + cell_read
+            for a, b in zip(found, expected, strict=False):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_decisions_in_between_mix_states_and_are_differentiable(device):
+    rnn = nn.LSTM(3, 4, batch_first=True).to(device, torch.float64)
+    layer, weights = SkippingLayer(RecurrentLayer(rnn)), list(rnn.parameters())
+    x = torch.randn(2, 4, 3, device=device, dtype=torch.float64)
+    d = torch.rand(8, device=device, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda d, x: layer(None, d, x, None, *weights), (d, x.requires_grad_()))
+    h, c = torch.zeros(2, 2, 4, device=device, dtype=torch.float64)
+    for t in range(4):
+        _, (new_h, new_c) = rnn(x[:, t : t + 1], (h.unsqueeze(0), c.unsqueeze(0)))
+        share = d.view(2, 4)[:, t : t + 1]
+        h, c = share * new_h[0] + (1 - share) * h, share * new_c[0] + (1 - share) * c
+    out, last_h, last_c = layer(None, d, x, None, *weights)
+    torch.testing.assert_close((out[:, -1], last_h[0], last_c[0]), (h, h, c), rtol=0, atol=1e-12)
+
+
+def test_a_whole_sample_is_exact_with_the_gradient_of_the_formula(device):
+    rnn = nn.GRU(3, 4, batch_first=True).to(device)
+    layer, weights = SkippingLayer(RecurrentLayer(rnn)), list(rnn.parameters())
+    x = torch.randn(2, 4, 3, device=device)
+    static = tuple(2 * s for s in rnn(x))  # wrong on purpose: only the first sample may show it
+    d = torch.ones(8, device=device)
+    d[5] = 0
+    d.requires_grad_()
+    out, h = layer(static, d, x, None, *weights)
+    plain, plain_h = layer(None, d, x, None, *weights)
+    assert torch.equal(out[0], static[0][0])
+    assert torch.equal(h[:, 0], static[1][:, 0])
+    assert torch.equal(out[1], plain[1])
+    for stood, formula in ((out, plain), (h, plain_h)):
+        a, b = (torch.autograd.grad(v.square().sum(), d, retain_graph=True)[0] for v in (stood, formula))
+        assert a[:4].abs().min() > 0
+        torch.testing.assert_close(a[4:], b[4:])
+
+
+# --- conversion ------------------------------------------------------------------------------------
+
+STACKS = {
+    "lstm": {"kind": nn.LSTM, "batch_first": True},
+    "gru": {"kind": nn.GRU},
+    "rnn": {"kind": nn.RNN, "batch_first": True, "given": True},
+    "stack": {"kind": nn.LSTM, "num_layers": 3, "dropout": 0.3, "batch_first": True},
+    "both ways": {"kind": nn.GRU, "num_layers": 2, "bidirectional": True, "dropout": 0.2},
+    "projected": {"kind": nn.LSTM, "proj_size": 5, "num_layers": 2, "batch_first": True, "given": True},
+    "output alone": {"kind": nn.LSTM, "batch_first": True, "reads": ("last", "all")},
+}
+SITES = pytest.mark.parametrize(
+    ("stack", "reads"), [(s, r) for s in STACKS for r in ("input", "state") if (s, r) != ("both ways", "state")]
+)
+
+
+@pytest.mark.filterwarnings(PROJECTION)
+@SITES
+def test_exact_at_birth_for_every_stack(stack, reads, device):
+    model = Reader(**STACKS[stack])
+    dyn = converted(model, device, reads=reads)
+    for training, batch in itertools.product((False, True), (1, 2, 7, 33)):
+        model.train(training)
+        dyn.train(training)
+        x = sequences(batch, model, device)
+        torch.manual_seed(batch)
+        expected = model(x)
+        torch.manual_seed(batch)
+        assert torch.equal(dyn(x), expected)
+
+
+@pytest.mark.filterwarnings(PROJECTION)
+@SITES
+def test_a_gate_that_is_off_learns_from_the_task(stack, reads, device):
+    model = Reader(**STACKS[stack])
+    dyn = converted(model, device, reads=reads).train()
+    dyn(sequences(4, model, device)).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in dyn.gates.parameters())
+    assert all(p.grad is not None for p in dyn.parameters())
+
+
+@pytest.mark.filterwarnings(PROJECTION)
+@SITES
+def test_lowered_equals_reference(stack, reads, device):
+    model = Reader(**STACKS[stack])
+    dyn = converted(model, device, reads=reads)
+    enable(dyn)
+    fast = dc.lower(dyn, "eager")
+    shares = []
+    for batch in (1, 2, 7, 33):
+        x = sequences(batch, model, device)
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), dyn(x), rtol=0, atol=1e-5)
+        shares.append(dyn.trace(x).decisions["frames0"].float().mean())
+        if reads == "state":
+            continue
+        for mask in (kept(batch, STEPS, device), 0.5, 0.0, 1.0):
+            with forced(dyn, {"frames0": mask}), forced(fast, {"frames0": mask}), torch.no_grad():
+                torch.testing.assert_close(fast(x), dyn(x), rtol=0, atol=1e-5)
+                ran = fast.last_run["frames0"]
+            assert isinstance(mask, float) or ran == mask.sum()
+    assert 0 < torch.stack(shares).mean() < 1
+
+
+def test_the_layers_of_a_stack_skip_the_same_steps(device):
+    model = Reader(num_layers=2, batch_first=True)
+    dyn = converted(model, device)
+    assert list(dyn.gates) == ["frames0"]
+    below, above = nn.LSTM(WIDTH, HIDDEN, batch_first=True), nn.LSTM(HIDDEN, HIDDEN, batch_first=True)
+    for layer, number in ((below, 0), (above, 1)):
+        layer.load_state_dict({f"{n[:-1]}0": p for n, p in model.rnn.state_dict().items() if n.endswith(str(number))})
+    x, mask = sequences(5, model, "cpu"), kept(5, STEPS, "cpu")
+    zeros = [torch.zeros(1, 5, HIDDEN)] * 2
+    with torch.no_grad(), forced(dyn.cpu(), {"frames0": mask}):
+        first, (h, c) = over_kept_steps(below, x, mask, zeros)
+        second, (h2, c2) = over_kept_steps(above, first, mask, zeros)
+        y = dyn.fc(second[:, -1]) + sum(s.sum((0, 2)) for s in (h, h2, c, c2)).unsqueeze(1)
+        torch.testing.assert_close(dyn(x), y, rtol=0, atol=1e-5)
+
+
+def test_inductor_runs_what_is_skipped_by_torch(device):
+    model = Reader(batch_first=True)
+    dyn = converted(model, device)
+    enable(dyn)
+    fast = dc.lower(dyn)
+    for batch in (1, 4):
+        x = sequences(batch, model, device)
+        with forced(dyn, {"frames0": 0.4}), forced(fast, {"frames0": 0.4}), torch.no_grad():
+            torch.testing.assert_close(fast(x), dyn(x), rtol=0, atol=1e-5)
+
+
+def test_a_gate_that_is_off_leaves_the_static_layer(device):
+    model = Reader(num_layers=2, batch_first=True)
+    dyn = converted(model, device)
+    fast = dc.lower(dyn, "eager")
+    assert not [n for n in fast.plan.graph.nodes if "inserted" in n.meta]
+    assert float(dyn.trace(sequences(2, model, device)).cost.max()) == 1
+    enable(dyn)
+    graph = fast.relower().plan.graph
+    static = [n for n in graph.nodes if isinstance(dyn.graph.module_of(n), RecurrentLayer | nn.LSTM)]
+    assert not static, "the static layer does not run beside what stands in for it"
+
+
+def test_states_passed_from_layer_to_layer(device):
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.rnn = nn.LSTM(WIDTH, HIDDEN, batch_first=True), nn.LSTM(WIDTH, HIDDEN, batch_first=True)
+            self.fc = nn.Linear(HIDDEN, 3)
+
+        def forward(self, x):
+            _, state = self.encoder(x)
+            return self.fc(self.rnn(x, state)[0][:, -1])
+
+    model = Pair()
+    dyn = converted(model, device)
+    x = sequences(5, model, device)
+    assert torch.equal(dyn(x), model(x))
+    enable(dyn)
+    fast = dc.lower(dyn, "eager")
+    masks = {"frames0": kept(5, STEPS, device), "frames1": kept(5, STEPS, device, seed=1)}
+    zeros = [torch.zeros(1, 5, HIDDEN, device=device)] * 2
+    with torch.no_grad(), forced(dyn, masks), forced(fast, masks):
+        _, state = over_kept_steps(model.encoder, x, masks["frames0"], zeros)
+        out, _ = over_kept_steps(model.rnn, x, masks["frames1"], state)
+        torch.testing.assert_close(dyn(x), model.fc(out[:, -1]), rtol=0, atol=1e-5)
+        torch.testing.assert_close(fast(x), dyn(x), rtol=0, atol=1e-5)
+
+
+# --- what runs -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Steps times samples of every call of a recurrent kernel."""
+    found = []
+
+    def counted(kernel):
+        def run(x, *args):
+            found.append(x.shape[0] * x.shape[1])
+            return kernel(x, *args)
+
+        return run
+
+    for name, kernel in list(KERNELS.items()):
+        monkeypatch.setitem(KERNELS, name, counted(kernel))
+    return found
+
+
+@pytest.mark.parametrize(("kind", "reads"), [(nn.LSTM, ("c",)), (nn.LSTM, ("last",)), (nn.GRU, ("h",))])
+def test_kernels_run_over_the_kept_steps(kind, reads, calls, device):
+    model = Reader(kind, batch_first=True, reads=reads)
+    dyn = converted(model, device)
+    enable(dyn)
+    fast = dc.lower(dyn, "eager")
+    x, mask = sequences(33, model, device), kept(33, STEPS, device)
+    calls.clear()
+    with forced(fast, {"frames0": mask}):
+        fast(x)
+    assert fast.last_run == {"always": 33, "frames0": int(mask.sum())}
+    if reads == ("c",):
+        assert sum(calls) == mask.sum(), "final cell states want every sample to end where a call does"
+    else:
+        weights = sum(p.numel() for n, p in model.rnn.named_parameters() if n.startswith("weight"))
+        waste = CALL_FLOPS / (2 * weights) * len(calls)
+        assert mask.sum() <= sum(calls) <= min(mask.sum() + waste, 33 * int(mask.sum(1).max()))
+    calls.clear()
+    with forced(fast, {"frames0": 0.0}):
+        fast(x)
+    assert not calls
+    with forced(fast, {"frames0": 1.0}):
+        fast(x)
+    assert calls == [33 * STEPS]
+
+
+def test_stretches_waste_less_than_calls_would_cost(calls, device):
+    """A wide layer makes it worth a call more where samples end."""
+    rnn = nn.GRU(256, 256, batch_first=True).to(device)
+    layer = SkippingLayer(RecurrentLayer(rnn)).lowered()
+    x = torch.randn(16, 40, 256, device=device)
+    mask = torch.arange(40, device=device) < torch.tensor([1] * 4 + [2] * 10 + [40] * 2, device=device).unsqueeze(1)
+    with torch.no_grad():
+        layer(None, mask.flatten(), x, None, *rnn.parameters())
+    assert len(calls) == 2
+    assert sum(calls) == 2 * 16 + 38 * 2
+
+
+def test_an_agent_that_reads_the_state_drops_rows(device):
+    model = Reader(batch_first=True)
+    dyn = converted(model, device, reads="state")
+    enable(dyn)
+    fast = dc.lower(dyn, "eager")
+    x = sequences(33, model, device)
+    trace = dyn.trace(x)
+    steps = int(trace.decisions["frames0"].sum())
+    assert 0 < steps < 33 * STEPS
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        fast(x)
+    cell = 2 * 4 * HIDDEN * (WIDTH + HIDDEN)
+    agent = 2 * 4 * (WIDTH + HIDDEN + 1)
+    assert counter.get_total_flops() == steps * cell + 33 * (STEPS * agent + 2 * HIDDEN * 3)
+    static = STEPS * cell + 2 * HIDDEN * 3
+    assert float(trace.cost.mean()) == pytest.approx(counter.get_total_flops() / (33 * static), rel=1e-5)
+
+
+def test_cost_is_the_share_of_steps_and_the_agent(device):
+    model = Reader(num_layers=2, batch_first=True)
+    dyn = converted(model, device)
+    enable(dyn)
+    x, mask = sequences(5, model, device), kept(5, STEPS, device)
+    with forced(dyn, {"frames0": mask}):
+        cost = dyn.trace(x).cost
+    layers = STEPS * 2 * 4 * HIDDEN * (WIDTH + HIDDEN + 2 * HIDDEN)
+    rest, agent = 2 * HIDDEN * 3, STEPS * 2 * 4 * (WIDTH + 1)
+    expected = (mask.float().mean(1) * layers + agent + rest) / (layers + rest)
+    torch.testing.assert_close(cost, expected)
+    dyn.train()
+    with forced(dyn, {"frames0": mask}):
+        torch.testing.assert_close(dyn.trace(x).cost, expected)
+    trace = dyn.trace(x)
+    grad = torch.autograd.grad(trace.cost.sum(), trace.decisions["frames0"])[0]
+    torch.testing.assert_close(grad, torch.full_like(grad, layers / STEPS / (layers + rest)))
+    assert "frames0" in dyn.inspect()
+
+
+# --- backbones -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["plain", "steps first"])
+def test_skipped_frames_do_not_enter_the_backbone(variant, device):
+    model = Video(variant)
+    dyn = converted(model, device, example=torch.randn(2, 5, 3, 8, 8, device=device))
+    assert dyn.recipe.steps[0].sites[0]["data"]["features"]
+    x = torch.randn(7, 5, 3, 8, 8, device=device)
+    for training in (False, True):
+        assert torch.equal(dyn.train(training)(x), model.train(training)(x))
+    model.eval()
+    dyn.eval()
+    enable(dyn)
+    fast = dc.lower(dyn, "eager", decline=False)
+    assert not fast.plan.dense
+    mask = kept(7, 5, device)
+    zeros = [torch.zeros(1, 7, HIDDEN, device=device)] * 2
+    features = model.backbone(x.flatten(0, 1)).view(7, 5, -1)
+    rnn = nn.LSTM(16, HIDDEN, batch_first=True).to(device)
+    rnn.load_state_dict(model.rnn.state_dict())
+    with torch.no_grad(), forced(dyn, {"frames0": mask}), forced(fast, {"frames0": mask}):
+        out, _ = over_kept_steps(rnn, features, mask, zeros)
+        torch.testing.assert_close(dyn(x), model.fc(out[:, -1]), rtol=0, atol=1e-5)
+        with FlopCounterMode(display=False) as counter:
+            fast(x)
+        torch.testing.assert_close(fast(x), dyn(x), rtol=0, atol=1e-5)
+        cost = dyn.trace(x).cost
+    per_frame = 2 * 64 * 9 * (3 * 8 + 8 * 16)
+    policy = dyn.gates["frames0"].policy
+    with FlopCounterMode(display=False) as agent, torch.no_grad():
+        policy(x.flatten(0, 1))
+    ran = counter.get_flop_counts()["Global"][torch.ops.aten.convolution]
+    of_agent = agent.get_flop_counts()["Global"][torch.ops.aten.convolution]
+    assert ran - of_agent == per_frame * int(mask.sum())
+    rest = 5 * 2 * 4 * HIDDEN * (16 + HIDDEN)
+    static = 5 * per_frame + rest + 2 * HIDDEN * 3
+    expected = mask.float().mean(1) * (5 * per_frame + rest) + agent.get_total_flops() / 7 + 2 * HIDDEN * 3
+    torch.testing.assert_close(cost, expected / static, rtol=1e-5, atol=1e-6)
+
+
+def test_in_training_the_gate_sees_what_a_skipped_frame_would_bring(device):
+    dyn = converted(Video(), device, example=torch.randn(2, 5, 3, 8, 8, device=device)).train()
+    enable(dyn)
+    x = torch.randn(4, 5, 3, 8, 8, device=device)
+    with forced(dyn, {"frames0": 0.0}):
+        dyn(x).square().mean().backward()
+    assert all(p.grad.abs().sum() == 0 for n, p in dyn.rnn.named_parameters() if "ih" in n)
+    admitted = next(n for n in dyn.graph.fx.nodes if "decision" in n.meta and n.op == "call_module")
+    module = dyn.get_submodule(str(admitted.target))
+    d = torch.tensor([0.0, 1.0], device=device)
+    assert module(d).tolist() == [1, 1]
+    assert module.eval()(d > 0).tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("variant", "reason"),
+    [
+        ("centred", "of one frame depends on other frames"),
+        ("read twice", "is also read by `view"),
+    ],
+)
+def test_backbones_that_run_for_every_frame(variant, reason, device):
+    graph = capture(Video(variant).to(device), (torch.randn(2, 5, 3, 8, 8, device=device),))
+    refused, site = FrameSkip(hidden=4).sites(graph)
+    assert isinstance(refused, Refusal)
+    assert isinstance(site, Site)
+    assert refused.reason.startswith("the backbone runs for every frame: ")
+    assert reason in refused.reason
+    assert "features" not in site.data
+
+
+# --- refusals --------------------------------------------------------------------------------------
+
+
+class Own(nn.LSTM):
+    """Someone's own layer."""
+
+
+class Whole(nn.Module):
+    """One sequence whose steps are the samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.fc = nn.LSTM(WIDTH, HIDDEN, batch_first=True), nn.Linear(HIDDEN, 3)
+
+    def forward(self, x):
+        return self.fc(self.rnn(x.transpose(0, 1).reshape(-1, 1, WIDTH))[0].view(-1, x.shape[0], HIDDEN)[-1])
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "reason"),
+    [
+        (Reader(bidirectional=True, batch_first=True), {"reads": "state"}, "cannot decide for two directions at once"),
+        (Reader(batch_first=True), {"hidden": 80}, "an agent costs 7840 FLOPs, and what it controls 6272"),
+        (Reader(Own, batch_first=True), {}, r"Own, whose steps may not be those of torch's own layers"),
+        (Whole(), {}, r"its input \[7, 1, 6\] has not one sequence for each sample"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(42, 3)), {}, "the graph offers none"),
+    ],
+)
+def test_refusals(model, options, reason, device):
+    options = {"hidden": 4, **options}
+    with pytest.raises(PassError, match=reason):
+        dc.dynamize(model.to(device), FrameSkip(**options), example_inputs=torch.randn(3, STEPS, WIDTH, device=device))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reads": "output"}, "`reads`: found 'output'; expected 'input' or 'state'"),
+        ({"hidden": 0}, "`hidden`: found 0; expected a width >= 1"),
+        ({"estimator": "none"}, "`estimator`: found 'none'"),
+    ],
+)
+def test_options(options, message):
+    with pytest.raises(ArgumentError, match=message):
+        FrameSkip(**options)
+
+
+def test_packed_sequences_are_refused(device):
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.fc = nn.LSTM(WIDTH, HIDDEN, batch_first=True), nn.Linear(HIDDEN, 3)
+
+        def forward(self, x, lengths):
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+            return self.fc(self.rnn(packed)[1][0][-1])
+
+    example = torch.randn(3, STEPS, WIDTH, device=device), torch.tensor([7, 2, 5], device=device)
+    with pytest.raises(CaptureError, match=r"`rnn` reads a packed sequence.*give it the padded sequence"):
+        dc.dynamize(Packed().to(device), "frame_skip", example_inputs=example)
+
+
+def test_padded_sequences_of_any_length(device):
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.fc = nn.LSTM(WIDTH, HIDDEN, batch_first=True), nn.Linear(HIDDEN, 3)
+
+        def forward(self, x, lengths):
+            out, _ = self.rnn(x)
+            return self.fc(out[torch.arange(x.shape[0], device=x.device), lengths - 1])
+
+    lengths = torch.tensor([1, 2, 7, 3, 5], device=device)
+    x = torch.randn(5, STEPS, WIDTH, device=device)
+    model = Padded().to(device).eval()
+    dyn = dc.dynamize(model, FrameSkip(hidden=4), example_inputs=(x, lengths)).eval()
+    assert torch.equal(dyn(x, lengths), model(x, lengths))
+    enable(dyn)
+    fast = dc.lower(dyn, "eager")
+    mask = kept(5, STEPS, device)
+    with torch.no_grad(), forced(dyn, {"frames0": mask}), forced(fast, {"frames0": mask}):
+        out, _ = over_kept_steps(model.rnn, x, mask, [torch.zeros(1, 5, HIDDEN, device=device)] * 2)
+        expected = model.fc(out[torch.arange(5), lengths - 1])
+        torch.testing.assert_close(dyn(x, lengths), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(fast(x, lengths), expected, rtol=0, atol=1e-5)
+
+
+def test_decisions_that_depend_on_the_state_are_not_forced(device):
+    dyn = converted(Reader(batch_first=True), device, reads="state")
+    with pytest.raises(ArgumentError, match="whose agent reads the state that its own decisions make"):
+        forced(dyn, {"frames0": 0.5}).__enter__()
+
+
+# --- with other passes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reads", ["input", "state"])
+@pytest.mark.parametrize("first", ["frame_skip", "early_exit"])
+def test_with_early_exit(first, reads, device):
+    model = Reader(num_layers=3, batch_first=True, reads=("last",)).to(device).eval()
+    passes = [FrameSkip(reads=reads, hidden=4), dc.passes.early_exit.EarlyExit(exits=1)]
+    x = sequences(33, model, device)
+    dyn = dc.dynamize(model, passes if first == "frame_skip" else passes[::-1], example_inputs=x[:3]).eval()
+    for training in (False, True):
+        assert torch.equal(dyn.train(training)(x), model.train(training)(x))
+    dyn.eval()
+    enable(dyn)
+    dyn.exits["exit0"].enabled.fill_(True)
+    fast = dc.lower(dyn, "eager", decline=False)
+    shares = {"exit0": 0.5} | ({"frames0": 0.5} if reads == "input" else {})
+    for batch in (1, 2, 7, 33):
+        with torch.no_grad(), forced(dyn, shares), forced(fast, shares):
+            torch.testing.assert_close(fast(x[:batch]), dyn(x[:batch]), rtol=0, atol=1e-5)
+    trace = dyn.trace(x)
+    assert trace.cost.shape == (33,)
+    assert trace.decisions["frames0"].shape == (33, STEPS)
+
+
+def test_saved_and_loaded(device, tmp_path):
+    model = Reader(num_layers=2, batch_first=True)
+    dyn = converted(model, device)
+    enable(dyn)
+    dc.save(dyn, tmp_path)
+    twin = dc.load(tmp_path, model)
+    x = sequences(7, model, device)
+    assert torch.equal(twin.eval()(x), dyn(x))

@@ -142,6 +142,8 @@ def spread(cost_at: Callable[[float], float], count: int) -> list[float]:
         middle = (low + high) / 2
         known[middle] = cost_at(middle)
     lowest, highest = known[-OPEN], max(known.values())
+    if highest - lowest < 1e-6:
+        return []  # the gates do not listen to it
     found = []
     for step in range(count):
         wanted = lowest + (highest - lowest) * step / count

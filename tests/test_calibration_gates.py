@@ -266,7 +266,7 @@ def test_groups_are_the_gates_of_one_pass():
 
 
 @pytest.mark.parametrize(
-    ("strategy", "most"), [("layer_skip", 9), ("block_policy", 9), (["layer_skip", "neuron_gate"], 25)]
+    ("strategy", "most"), [("layer_skip", 12), ("block_policy", 12), (["layer_skip", "neuron_gate"], 25)]
 )
 def test_grid_spans_open_as_trained_and_closed(strategy, most):
     dyn, (x, _) = gated(strategy)

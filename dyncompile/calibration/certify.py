@@ -236,12 +236,11 @@ def choose_among(
     if path[-1] == off:
         raise UnreachableTargetError(f"no {what} saves anything: each costs as much as it spares or is wrong too often")
     parts = [_Part(setting, held_out, part.space) for setting, part in zip(settings, searched, strict=True)]
-    outcomes = [parts[index].outcome(levels) for index, levels in path]
     trial = _Trial(
         target=target,
         p_value=target.p_value(binary=settings[0].scores.binary),
-        costs=np.array([cost.mean() for _, cost in outcomes]),
-        losses=lambda index: outcomes[index][0],
+        costs=np.array([parts[index].outcome(levels)[1].mean() for index, levels in path]),
+        losses=lambda place: parts[path[place][0]].outcome(path[place][1])[0],
         free=free,
     )
     if target.max_drop is not None:

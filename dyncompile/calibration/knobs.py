@@ -22,7 +22,7 @@ Knobs = tuple[float, ...]
 """The bias of each group, in order."""
 
 _RUNS = 32
-_LEVELS = 9
+_LEVELS = 12
 _STEPS = (1.0, 2.0, 4.0, 8.0, 16.0, 64.0, 512.0, 4096.0)
 _SPLITS = 20
 _FINEST = 1e-2
@@ -92,7 +92,7 @@ def grid(
     """The knob settings to try: every combination of a few biases of each group.
 
     Each group has `OPEN`, 0 (as trained), and biases between which the cost of the given samples falls in even steps,
-    down to where its gates are closed: 9 in all for one group, 5 each for two, 3 for three, 2 for more, so that about
+    down to where its gates are closed: 12 in all for one group, 5 each for two, 3 for three, 2 for more, so that about
     32 combinations are run at most (where there are more than five groups, each is either open or as trained alone).
 
     Args:
@@ -142,6 +142,8 @@ def spread(cost_at: Callable[[float], float], count: int) -> list[float]:
         middle = (low + high) / 2
         known[middle] = cost_at(middle)
     lowest, highest = known[-OPEN], max(known.values())
+    if highest - lowest < 1e-6:
+        return []  # the gates do not listen to it
     found = []
     for step in range(count):
         wanted = lowest + (highest - lowest) * step / count

@@ -64,7 +64,9 @@ class GateSetting:
     @property
     def knob(self) -> str:
         """The knob in words."""
-        return f"{self.bias:+.3g}" if self.enabled else "off: all open"
+        if not self.enabled:
+            return "off, all open"
+        return f"{self.bias:+.3g}" if self.bias else "0, as trained"
 
     @property
     def rate(self) -> str:

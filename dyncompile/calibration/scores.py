@@ -130,7 +130,7 @@ def record(
     """
     loader = as_loader(data, batch_size=batch_size, batch_dims=dyn.recipe.batch_dims)
     tape = _Tape(dyn, loss, groups)
-    with _running(dyn, device) as where, torch.no_grad():
+    with running(dyn, device) as where, torch.no_grad():
         batches = _shown(loader, progress=progress)
         if groups:
             tape.probe(batches, where, seed=seed, design_all=design_all)
@@ -343,7 +343,7 @@ def _loss(loss: Loss, prediction: Tensor, targets: Tensor, final: Tensor) -> Ten
 
 
 @contextmanager
-def _running(dyn: DynamicModule, device: torch.device | str | None) -> Iterator[torch.device]:
+def running(dyn: DynamicModule, device: torch.device | str | None) -> Iterator[torch.device]:
     """Evaluation mode on a device; afterwards each module is where and as it was."""
     home = next((p.device for p in (*dyn.parameters(), *dyn.buffers())), torch.device("cpu"))
     where = home if device is None else find_device(device)

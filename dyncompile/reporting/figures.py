@@ -1,8 +1,10 @@
 """What the page shows as pictures: the frontier as SVG, inputs as PNG, and the colours of depth."""
 
 import base64
+import contextlib
 import io
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -31,10 +33,10 @@ def is_dark(colour: str) -> bool:
     return 0.299 * red + 0.587 * green + 0.114 * blue < 150
 
 
-def frontier(calibration: Calibration) -> str:
-    """Accuracy (1 - risk where it is not defined) over expected cost, as SVG to stand in HTML."""
+@contextlib.contextmanager
+def styled() -> Iterator[None]:
+    """The look of the page's figures."""
     matplotlib = require("matplotlib", extra="report")
-    figures = require("matplotlib.figure", extra="report")
     style = {
         "axes.edgecolor": RULE,
         "axes.labelcolor": MUTED,
@@ -48,14 +50,26 @@ def frontier(calibration: Calibration) -> str:
         "ytick.color": MUTED,
     }
     with matplotlib.rc_context(style):
-        figure = figures.Figure(figsize=(5.2, 3.7), layout="constrained")
-        axes = figure.add_subplot()
-        _draw(axes, calibration)
-        text = io.StringIO()
+        yield
+
+
+def as_svg(figure: Any) -> str:
+    """A matplotlib figure as SVG to stand in HTML."""
+    text = io.StringIO()
+    with styled():
         figure.savefig(
             text, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
         )
     return _inline(text.getvalue())
+
+
+def frontier(calibration: Calibration) -> str:
+    """Accuracy (1 - risk where it is not defined) over expected cost, as SVG to stand in HTML."""
+    figures = require("matplotlib.figure", extra="report")
+    with styled():
+        figure = figures.Figure(figsize=(5.2, 3.7), layout="constrained")
+        _draw(figure.add_subplot(), calibration)
+    return as_svg(figure)
 
 
 def _draw(axes: Any, calibration: Calibration) -> None:

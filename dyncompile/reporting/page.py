@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from dyncompile.calibration.evidence import Evidence, Picture
+from dyncompile.calibration.knobs import gate_groups, turned
 from dyncompile.calibration.result import Calibration
+from dyncompile.cost import guard_probability
 from dyncompile.demand import Region
 from dyncompile.errors import ArgumentError, require
 from dyncompile.module import DynamicModule, Unit
 from dyncompile.recipe import Recipe
-from dyncompile.reporting.figures import INK, depth_colours, frontier, is_dark, thumbnail
+from dyncompile.reporting.figures import INK, as_svg, depth_colours, frontier, is_dark, thumbnail
+from dyncompile.reporting.gates import gate_heatmap, kept_frames, skip_patterns
 
 _CLASSES_SHOWN = 24
 _APART = 0.13  # of the width of the page
@@ -50,8 +54,9 @@ def write_report(
     """Write a calibration as one HTML page that refers to nothing outside itself.
 
     It shows the regions of the graph with their cost and the share of the samples that need them,
-    accuracy over cost, who leaves where, the easiest and hardest inputs where they are images, the
-    settings with their guarantee, the recipe, and measured beside counted savings.
+    accuracy over cost, who leaves where, what gates do (by class, in patterns, along sequences), the
+    easiest and hardest inputs where they are images, the settings with their guarantee, the recipe,
+    and measured beside counted savings.
 
     Args:
         calibration: What `dyncompile.calibrate` returned. Without its evidence the page has only
@@ -78,7 +83,8 @@ def write_report(
     }
     if evidence is not None:
         labels = _Classes(classes, evidence)
-        regions = _regions(calibration, evidence, colours)
+        with turned(evidence.dyn, gate_groups(evidence.dyn), evidence.knobs):
+            regions = _regions(calibration, evidence, colours)
         context |= {
             "model": evidence.dyn.recipe.model.rpartition(".")[2],
             "strategies": [step.strategy for step in evidence.dyn.recipe.steps],
@@ -86,6 +92,7 @@ def write_report(
             "regions": regions,
             "ticks": _ticks(regions),
             "classes": _by_class(calibration, evidence, labels),
+            "gates": _gates(evidence, classes),
             "class_count": labels.count,
             "easiest": [_shown(p, names, labels) for p in evidence.easiest],
             "hardest": [_shown(p, names, labels) for p in evidence.hardest],
@@ -158,13 +165,25 @@ def _ticks(regions: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _needed(region: Region, calibration: Calibration, evidence: Evidence) -> float:
-    """Share of the held-out samples for which the region's guard holds."""
-    index = {setting.name: i for i, setting in enumerate(calibration.exits)}
-    holds = np.ones(len(evidence.leave), dtype=bool)
-    for unit, arm in region.guard:
-        if unit.name in index:
-            holds &= (evidence.leave == index[unit.name]) == bool(arm)
-    return float(holds.mean())
+    """Share of the held-out samples (or of their frames or tokens) for which the region's guard holds."""
+    made = {name: torch.from_numpy(np.asarray(value)) for name, value in evidence.decisions.items()}
+    for index, setting in enumerate(calibration.exits):
+        made[setting.name] = torch.from_numpy(evidence.leave == index)
+    holds = guard_probability(region.guard, made, len(evidence.leave))
+    return float(holds.double().mean())
+
+
+def _gates(evidence: Evidence, classes: Sequence[str] | None) -> dict[str, Any]:
+    """Pictures of what gates did; empty where none is on."""
+    usage = evidence.usage
+    if usage is None or not usage.ran:
+        return {}
+    found = {
+        "heatmap": gate_heatmap(usage, classes=classes),
+        "patterns": skip_patterns(usage),
+        "frames": kept_frames(usage),
+    }
+    return {name: as_svg(figure) for name, figure in found.items() if figure is not None}
 
 
 def _layers(region: Region) -> str:
@@ -202,7 +221,7 @@ def _by_class(calibration: Calibration, evidence: Evidence, names: _Classes) -> 
         leave = evidence.leave[evidence.labels == label]
         counts = np.bincount(leave, minlength=len(settings))
         shares = dict(zip((s.name for s in settings), (counts / len(leave)).tolist(), strict=True))
-        cost = float(costs[leave].mean())
+        cost = float((costs[leave] if evidence.costs is None else evidence.costs[evidence.labels == label]).mean())
         rows.append({"name": names[label], "count": len(leave), "shares": shares, "cost": cost})
     rows.sort(key=lambda row: row["cost"])
     if len(rows) > _CLASSES_SHOWN:
@@ -219,6 +238,7 @@ def _shown(picture: Picture, names: list[str], labels: _Classes) -> dict[str, An
         "leave": names[picture.leave],
         "label": label,
         "predicted": predicted,
+        "cost": picture.cost,
         "small": max(picture.image.shape[1:]) < 64,
     }
 

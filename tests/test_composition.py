@@ -37,12 +37,7 @@ def test_a_chain_composes_or_says_why_not(kind, order, device):
         with pytest.raises(PassError, match=CLASHES[order]):
             dc.dynamize(model, list(order), example_inputs=example)
         return
-    try:
-        dyn = dc.dynamize(model, list(order), example_inputs=example)
-    except PassError as error:
-        # The later pass finds nothing left that pays, and says so place by place.
-        assert f"pass `{order[-1]}` (after {', '.join(order[:-1])}) found no site: " in str(error)
-        pytest.fail(f"{order} on {kind}: {error}")
+    dyn = dc.dynamize(model, list(order), example_inputs=example)
     assert [step.strategy for step in dyn.recipe.steps] == list(order)
     x = tuple(t.to(device) for t in inputs(7))
     assert torch.equal(dyn.eval()(*x), model.eval()(*x))

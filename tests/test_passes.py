@@ -84,10 +84,6 @@ REFUSED = {
     ("frame_skip", "vectors"): "the graph offers none",
     ("neuron_gate", "images"): "the graph offers none",
     ("neuron_gate", "steps"): "the graph offers none",
-    ("channel_gate", "steps"): "fc: its channels are an output of the model",
-    ("frame_skip", "images"): "the graph offers none",
-    ("frame_skip", "text"): "the graph offers none",
-    ("frame_skip", "vectors"): "the graph offers none",
 }
 PAIRS = [(strategy, kind) for strategy in available() for kind in MODELS]
 CONTRACT = pytest.mark.parametrize(("strategy", "kind"), [pair for pair in PAIRS if pair not in REFUSED])

@@ -11,7 +11,7 @@ from torch import nn
 
 import dyncompile as dc
 from dyncompile.capture import capture
-from dyncompile.demand import analyse
+from dyncompile.demand import analyse, stands_in
 from dyncompile.errors import ArgumentError, PassError
 from dyncompile.module import DynamicModule
 from dyncompile.nn.gates import OPEN_LOGIT
@@ -84,8 +84,6 @@ REFUSED = {
     ("frame_skip", "vectors"): "the graph offers none",
     ("neuron_gate", "images"): "the graph offers none",
     ("neuron_gate", "steps"): "the graph offers none",
-    ("channel_gate", "images"): "its channels lie on a residual stream: `add` ",
-    ("channel_gate", "steps"): "fc: its channels are an output of the model",
 }
 PAIRS = [(strategy, kind) for strategy in available() for kind in MODELS]
 CONTRACT = pytest.mark.parametrize(("strategy", "kind"), [pair for pair in PAIRS if pair not in REFUSED])
@@ -132,10 +130,10 @@ def enable(dyn):
 
 def drawn(dyn, inputs, batch):
     """A random choice for each decision: one of its arms for each sample, or for each of a sample's rows."""
-    units = {unit.name: unit for unit in analyse(dyn.graph.fx).units}
+    routes = {unit.name: len(unit.arms) for unit in analyse(dyn.graph.fx).units if unit.routed}
     shapes = {name: decision.shape for name, decision in dyn.trace(*inputs(batch)).decisions.items()}
-    arms = {name: torch.randint(0, len(units[name].arms), shape) for name, shape in shapes.items()}
-    return {name: arm if units[name].routed else arm.bool() for name, arm in arms.items()}
+    arms = {name: torch.randint(0, routes.get(name, 2), shape) for name, shape in shapes.items()}
+    return {name: arm if name in routes else arm.bool() for name, arm in arms.items()}
 
 
 @pytest.mark.parametrize(("strategy", "kind"), [pair for pair in PAIRS if pair in REFUSED])
@@ -177,7 +175,9 @@ def test_gradient_reaches_every_new_parameter(converted, strategy, kind):
 
 @CONTRACT
 @pytest.mark.parametrize("decided", ["by the model", "by force"])
-def test_lowered_equals_reference_and_runs_what_was_decided(converted, strategy, kind, decided):
+def test_lowered_equals_reference_and_runs_what_was_decided(converted, monkeypatch, strategy, kind, decided):
+    # Steps that are computed in vain, to call a recurrent kernel less often, are a matter of time alone.
+    monkeypatch.setattr("dyncompile.nn.ragged.CALL_FLOPS", 0.0)
     _, dyn, inputs = converted(strategy, kind)
     fast = dc.lower(enable(dyn), backend="eager", decline=False)
     assert not fast.plan.dense
@@ -212,7 +212,7 @@ def test_saved_and_loaded_it_decides_as_before(converted, strategy, kind, device
 def test_only_inserts(converted, strategy, kind):
     model, dyn, _ = converted(strategy, kind)
     inserted = [n for n in dyn.graph.fx.nodes if "inserted" in n.meta]
-    assert any(is_select(n) for n in inserted)
+    assert any(is_select(n) or stands_in(n) for n in inserted)
     assert {n.meta["inserted"] for n in inserted} == {strategy}
     state = dyn.state_dict()
     for name, value in model.state_dict().items():

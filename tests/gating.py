@@ -37,8 +37,9 @@ class Toy(Pass):
     def rewrite(self, graph, site):
         norm = find(graph, site.node)
         routes = 2 if site.name == "large" else 0
-        gate = Gate(nn.Linear(4, routes or 1), estimator=build_estimator("gumbel"), routes=routes)
+        gate = Gate(nn.Linear(4, routes or 1), estimator=build_estimator("gumbel"), routes=routes, standardise=False)
         gate.policy = First(routes)
+        gate.offset.zero_()
         before = norm.args[0]
         decision, _ = graph.insert(f"gates.{site.name}", gate, [before], ("decision", "probability"))
         users = list(norm.users)

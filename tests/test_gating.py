@@ -302,7 +302,8 @@ def model():
     dyn = dc.dynamize(Net(), "layer_skip", estimator="reinforce", hidden=1, example_inputs=torch.randn(2, 6))
     assert list(dyn.gates) == ["gate0", "gate1"]
     for gate, logit in zip(dyn.gates.values(), (0.7, -0.4), strict=True):
-        gate.policy = Lookup(logit)
+        gate.policy, gate.standardise = Lookup(logit), None
+        gate.offset.zero_()
         gate.enabled.fill_(True)
     return dyn.train()
 

@@ -48,7 +48,8 @@ class Bright(nn.Module):
 
 def gated(dyn, *limits):
     for gate, limit in zip(dyn.gates.values(), limits, strict=True):
-        gate.policy = Bright(limit)
+        gate.policy, gate.standardise = Bright(limit), None
+        gate.offset.zero_()
         gate.enabled.fill_(True)
     return dyn.eval()
 

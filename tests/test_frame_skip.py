@@ -1,5 +1,7 @@
 """Frame skip: the steps that an agent skips copy the state, and do not run."""
 
+import copy
+import functools
 import itertools
 
 import pytest
@@ -94,6 +96,11 @@ def enable(dyn):
     for gate in dyn.gates.values():
         gate.enabled.fill_(True)
         gate.bias.copy_(-gate.offset)
+        layers = [layer for layer in gate.policy.modules() if isinstance(layer, nn.Linear)]
+        with torch.no_grad():
+            layers[0].bias.fill_(1.0)  # no unit of the agent is dead
+            layers[-1].bias.zero_()
+            layers[-1].weight.sub_(layers[-1].weight.mean())
 
 
 def kept(batch, steps, device, seed=0):
@@ -230,11 +237,23 @@ SITES = pytest.mark.parametrize(
 )
 
 
+@functools.cache
+def _converted(stack, reads, device):
+    torch.manual_seed(0)
+    model = Reader(**STACKS[stack])
+    return model, converted(model, device, reads=reads)
+
+
+@pytest.fixture
+def of_stack(device):
+    """The static and the dynamic model of a stack: copies, for conversion takes seconds."""
+    return lambda stack, reads: copy.deepcopy(_converted(stack, reads, device))
+
+
 @pytest.mark.filterwarnings(PROJECTION)
 @SITES
-def test_exact_at_birth_for_every_stack(stack, reads, device):
-    model = Reader(**STACKS[stack])
-    dyn = converted(model, device, reads=reads)
+def test_exact_at_birth_for_every_stack(stack, reads, of_stack, device):
+    model, dyn = of_stack(stack, reads)
     for training, batch in itertools.product((False, True), (1, 2, 7, 33)):
         model.train(training)
         dyn.train(training)
@@ -247,19 +266,17 @@ def test_exact_at_birth_for_every_stack(stack, reads, device):
 
 @pytest.mark.filterwarnings(PROJECTION)
 @SITES
-def test_a_gate_that_is_off_learns_from_the_task(stack, reads, device):
-    model = Reader(**STACKS[stack])
-    dyn = converted(model, device, reads=reads).train()
-    dyn(sequences(4, model, device)).square().mean().backward()
+def test_a_gate_that_is_off_learns_from_the_task(stack, reads, of_stack, device):
+    model, dyn = of_stack(stack, reads)
+    dyn.train()(sequences(4, model, device)).square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in dyn.gates.parameters())
     assert all(p.grad is not None for p in dyn.parameters())
 
 
 @pytest.mark.filterwarnings(PROJECTION)
 @SITES
-def test_lowered_equals_reference(stack, reads, device):
-    model = Reader(**STACKS[stack])
-    dyn = converted(model, device, reads=reads)
+def test_lowered_equals_reference(stack, reads, of_stack, device):
+    model, dyn = of_stack(stack, reads)
     enable(dyn)
     fast = dc.lower(dyn, "eager")
     shares = []

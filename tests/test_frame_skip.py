@@ -98,8 +98,8 @@ def enable(dyn):
         gate.bias.copy_(-gate.offset)
         layers = [layer for layer in gate.policy.modules() if isinstance(layer, nn.Linear)]
         with torch.no_grad():
-            layers[0].bias.fill_(1.0)  # no unit of the agent is dead
-            layers[-1].bias.zero_()
+            if layers[0].bias is not None:
+                layers[0].bias.fill_(1.0)  # no unit of the agent is dead
             layers[-1].weight.sub_(layers[-1].weight.mean())
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from dyncompile.capture.recurrent import KERNELS, RecurrentLayer
 
 CALL_FLOPS = 4e6
-"""FLOPs that a kernel could do in the time that calling it takes; measured on one CPU core."""
+"""FLOPs that a kernel could do in the time that calling it takes: the order of magnitude on one CPU core."""
 
 
 class Ragged:

@@ -21,7 +21,7 @@ for _ in range(8):  # the static model, as you have it
 
 dyn = dc.dynamize(model, "layer_skip", example_inputs=x[:2])
 print(dyn.inspect())
-dc.finetune(dyn, train, epochs=12, mode="joint", target_cost=0.6, progress=False)
+dc.finetune(dyn, train, epochs=20, mode="joint", target_cost=0.6, lr=4e-3, progress=False)
 
 dyn.eval()
 trace = dyn.trace(x)

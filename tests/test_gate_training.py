@@ -83,7 +83,7 @@ def spread(dyn, device):
 
 
 def test_the_schedule_opens_then_anneals(dyn):
-    schedule = GateSchedule(dyn, target_cost=0.5, warmup=0.2, settled=0.6)
+    schedule = GateSchedule(dyn, target_cost=0.5, warmup=0.2, settled=0.6, margin=0.0)
     gate = dyn.gates["gate0"]
     found = []
     for progress in (0.0, 0.19, 0.2, 0.4, 0.6, 0.8, 1.0):
@@ -100,10 +100,14 @@ def test_the_schedule_opens_then_anneals(dyn):
     assert not gate.enabled
     schedule.validating = True
     assert schedule.target == 0.5
+    assert GateSchedule(dyn, target_cost=0.5, warmup=0.0, settled=0.0, margin=0.1).target == pytest.approx(full)
+    below = GateSchedule(dyn, target_cost=0.5, margin=0.1)
+    below.update(1.0)
+    assert below.target == pytest.approx(0.45)
 
 
 def test_the_rate_is_that_at_which_the_cost_is_the_target(dyn, device):
-    schedule = GateSchedule(dyn, target_cost=0.47, warmup=0.0, settled=0.0)
+    schedule = GateSchedule(dyn, target_cost=0.47, warmup=0.0, settled=0.0, margin=0.0)
     schedule.update(1.0)
     rate = torch.full((1,), schedule.rate)
     cost = dyn.train().cost_model().expected(dict.fromkeys(dyn.gates, rate))
@@ -119,6 +123,7 @@ def test_the_rate_is_that_at_which_the_cost_is_the_target(dyn, device):
         ),
         ({"target_cost": 1.5}, "and at most 1.0"),
         ({"warmup": 0.7, "settled": 0.5}, "expected 0 <= warmup <= settled <= 1"),
+        ({"margin": 1.0}, r"`margin`: found 1.0; expected a share in \[0, 1\)"),
         ({"cost_weight": -1}, "`cost_weight`: found -1"),
         ({"guard_weight": -1}, "`guard_weight`: found -1"),
         ({"shape_weight": -1}, "`shape_weight`: found -1"),
@@ -143,7 +148,7 @@ def test_a_schedule_belongs_to_its_model(dyn, born):
 def test_the_cost_is_that_of_who_stays(static, device):
     """Exits fire in part in training; the gates' target is about the samples that no exit lets go."""
     dyn = dc.dynamize(static, ["layer_skip", "early_exit"], example_inputs=PIXELS[:2]).to(device).train()
-    schedule = GateSchedule(dyn, target_cost=0.6)
+    schedule = GateSchedule(dyn, target_cost=0.6, margin=0.0)
     schedule.update(1.0)
     for exit_ in dyn.exits.values():
         exit_.threshold.fill_(0.1)
@@ -201,7 +206,8 @@ def test_defaults_reach_the_target_without_collapse(static, strategy, device):
         dyn, TRAIN, VAL, epochs=25, mode="joint", target_cost=0.6, lr=1e-2, batch_size=50, progress=False
     )
     cost, rates = spread(dyn, device)
-    assert cost == pytest.approx(0.6, abs=0.03)
+    assert 0.53 < cost < 0.62  # 597 images; what training sees lies at the target
+    assert result.history[-1]["train/cost"] == pytest.approx(0.6, abs=0.03)
     assert all(0.005 < rate < 0.99 for rate in rates.values()), rates
     assert accuracy(dyn, device) > accuracy(static, device) - 0.02
     assert all(bool(gate.enabled) for gate in dyn.gates.values())
@@ -269,7 +275,7 @@ def test_patience_judges_by_the_target_of_the_end(dyn, device):
     result = finetune(dyn, epochs=6, target_cost=0.5, lr=1e-2, patience=6)
     assert result.best_epoch > 2
     assert spread(dyn, device)[0] < 0.9
-    assert result.history[0]["val/sparsity/cost"] == pytest.approx(100 * (1.01 - 0.5) ** 2, rel=0.02)
+    assert result.history[0]["val/sparsity/cost"] == pytest.approx(100 * (1.01 - 0.49) ** 2, rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,8 @@ class GateSchedule:
         target_cost: Expected cost of a sample that no exit lets go, 1.0 = the static model.
         warmup: Share of training in which gates are open.
         settled: Share of training after which the target stays.
+        margin: How far below the target training aims, relatively: the task pulls the cost up, and evaluation, which
+            draws nothing, may be as far on the other side. In [0, 1).
         cost_weight: Of (cost - target)^2, with the cost averaged over the batch.
         guard_weight: Of `MinimumUsage`; 0 leaves it out.
         shape_weight: Of `BatchShaping`, where each gate keeps its own rate: gates become decided, so that evaluation
@@ -80,6 +82,7 @@ class GateSchedule:
         target_cost: float,
         warmup: float = 0.1,
         settled: float = 0.5,
+        margin: float = 0.02,
         cost_weight: float = 100.0,
         guard_weight: float = 1.0,
         shape_weight: float = 5.0,
@@ -90,6 +93,8 @@ class GateSchedule:
             raise ArgumentError("target_cost", found=f"{target_cost} for a model without gates", expected="None")
         if not 0 <= warmup <= settled <= 1:
             raise ArgumentError("warmup", found=(warmup, settled), expected="0 <= warmup <= settled <= 1")
+        if not 0 <= margin < 1:
+            raise ArgumentError("margin", found=margin, expected="a share in [0, 1)")
         for name, weight in (
             ("cost_weight", cost_weight),
             ("guard_weight", guard_weight),
@@ -98,6 +103,7 @@ class GateSchedule:
             if not weight >= 0:
                 raise ArgumentError(name, found=weight, expected="a weight that is not negative")
         self.target_cost = target_cost
+        self._goal = (1 - margin) * target_cost
         self.warmup = warmup
         self.settled = settled
         self.validating = False
@@ -106,7 +112,7 @@ class GateSchedule:
         self._rates = np.linspace(0, 1, _STEPS)
         self._cost_at = _cost_at(dyn, self._costs, self._rates)
         least, full = float(self._cost_at[0]), float(self._cost_at[-1])
-        if not least < target_cost <= full:
+        if not (least < self._goal and target_cost <= full):
             raise ArgumentError(
                 "target_cost",
                 found=target_cost,
@@ -130,9 +136,9 @@ class GateSchedule:
     def target(self) -> float:
         """The cost that is aimed at now; in validation that of the end, so that epochs compare."""
         if self.validating:
-            return self.target_cost
+            return self._goal
         full = float(self._cost_at[-1])
-        return full + self._annealed * (self.target_cost - full)
+        return full + self._annealed * (self._goal - full)
 
     @property
     def rate(self) -> float:
@@ -168,6 +174,7 @@ class GateSchedule:
         for gate in self.gates.values():
             gate.enabled.fill_(self.enabled)
             gate.aim(self.rate)
+            gate.bias.zero_()  # of a calibration before
             gate.estimator.anneal(after)
 
     @contextlib.contextmanager

@@ -1,0 +1,122 @@
+"""Pictures of what gates do, and the report of a model with gates."""
+
+import numpy as np
+import pytest
+import torch
+from test_calibration_gates import gated
+from test_reporting import Reader, table
+
+import dyncompile as dc
+from dyncompile.calibration import calibrate
+from dyncompile.calibration.usage import Usage
+from dyncompile.errors import ArgumentError
+from dyncompile.reporting import gate_heatmap, kept_frames, observe, skip_patterns
+from dyncompile.reporting.gates import patterns
+
+
+def usage(ran, *, labels=None, examples=None):
+    return Usage(ran=ran, groups={"layer_skip": tuple(ran)}, labels=labels, examples=examples or {})
+
+
+def test_patterns_are_counted_most_frequent_first():
+    a, b = np.array([1, 1, 0, 1, 0, 1.0]), np.array([0, 0, 1, 0, 1, 1.0])
+    tokens = np.ones((6, 4))
+    found = patterns(usage({"a": a, "b": b, "tokens": tokens}))
+    assert [(p, m.tolist()) for p, m in found] == [((1, 0), [0, 1, 3]), ((0, 1), [2, 4]), ((1, 1), [5])]
+    assert skip_patterns(usage({"tokens": tokens})) is None
+
+
+def test_heat_map_shows_the_rates_of_each_class_the_cheapest_first():
+    a, b = np.array([1, 1, 0, 0.0]), np.array([1, 1, 1, 0.0])
+    figure = gate_heatmap(usage({"a": a, "b": b}, labels=np.array([0, 0, 1, 1])), classes=["cat", "dog"])
+    axes = figure.axes[0]
+    assert axes.images[0].get_array().tolist() == [[0.5, 0.75], [0, 0.5], [1, 1]]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["all", "dog", "cat"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b"]
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (5, 1, 4, 4)])
+def test_kept_frames_are_marked_next_to_the_sequence(shape):
+    ran = np.array([[1, 0, 0, 0, 0], [1, 1, 1, 1, 1], [1, 0, 1, 0, 0.0]])
+    examples = {i: np.random.default_rng(i).random(shape).astype(np.float32) for i in range(3)}
+    figure = kept_frames(usage({"frames": ran}, labels=np.array([4, 5, 6]), examples=examples))
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == ["class 4, 20 % kept", "class 6, 40 % kept", "class 5, 100 % kept"]
+    assert [len(axes.patches) for axes in figure.axes] == [1, 2, 5]
+    assert kept_frames(usage({"frames": ran})) is None
+    with pytest.raises(ArgumentError, match="decision"):
+        kept_frames(usage({"frames": ran}), decision="other")
+
+
+def test_observe_sees_what_the_calibration_saw():
+    dyn, (x, y) = gated(["layer_skip", "early_exit"])
+    result = calibrate(dyn, (x, y), max_cost=0.5, method="greedy", progress=False)
+    seen = observe(dyn, (x, y), batch_size=50)
+    rates = {name: rate for setting in result.gates for name, rate in setting.rates.items()}
+    assert {name: pytest.approx(rate) for name, rate in rates.items()} == seen.rates
+    assert np.array_equal(seen.labels, y.numpy())
+    born, _ = gated(enabled=False)
+    with pytest.raises(ArgumentError, match="without a gate that is on"):
+        observe(born, (x, y))
+
+
+@pytest.mark.parametrize("strategy", ["layer_skip", ["layer_skip", "early_exit"]])
+def test_report_shows_what_gates_do(strategy, tmp_path):
+    dyn, data = gated(strategy)
+    result = calibrate(dyn, data, max_cost=0.6, progress=False)
+    assert result.gates[0].enabled
+    result.report(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    reader = Reader(page)
+    assert reader.open == []
+    assert all(address.startswith(("data:", "#")) for address in reader.addresses)
+    assert "What gates do" in page
+    assert "Most frequent patterns" in page
+    assert table(page, "Gates of")["layer_skip"] == ["4", result.gates[0].knob, result.gates[0].rate]
+    rows = table(page, "Region runs")
+    assert rows.pop("together")[-1] == f"{result.cost:.3f}"
+    assert ("Who leaves where" in page) == bool(len(dyn.exits))
+    # The page is of the calibration, whatever the model is set to by then.
+    for gate in dyn.gates.values():
+        gate.bias.fill_(3.0)
+    result.report(tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_text(encoding="utf-8") == page
+    assert all(float(gate.bias) == 3.0 for gate in dyn.gates.values())
+
+
+def test_report_without_gates_has_none_of_it(tmp_path):
+    dyn, data = gated("early_exit")
+    calibrate(dyn, data, max_cost=0.8, progress=False).report(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "What gates do" not in page
+    assert "Gates of" not in page
+
+
+def test_steps_that_frame_skip_keeps_are_calibrated_and_drawn(tmp_path):
+    torch.manual_seed(0)
+
+    class Recurrent(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.fc = torch.nn.LSTM(6, 24, batch_first=True), torch.nn.Linear(24, 3)
+
+        def forward(self, x):
+            return self.fc(self.lstm(x)[0][:, -1])
+
+    dyn = dc.dynamize(Recurrent(), "frame_skip", example_inputs=torch.zeros(2, 12, 6))
+    for gate in dyn.gates.values():
+        with torch.no_grad():
+            for parameter in gate.parameters():
+                parameter.add_(0.5 * torch.randn_like(parameter))
+        gate.offset.fill_(0.0)
+        gate.enabled.fill_(True)
+    x, y = torch.randn(400, 12, 6), torch.randint(0, 3, (400,))
+    result = calibrate(dyn, (x, y), max_cost=0.7, progress=False)
+    assert result.cost <= 0.7
+    name, rate = next(iter(result.gates[0].rates.items()))
+    assert 0 < rate < 1
+    assert result.evidence.usage.ran[name].shape == (result.held_out_samples, 12)
+    result.report(tmp_path / "report.html")
+    assert "Kept along sequences" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    kept_frames(result.evidence.usage).savefig(tmp_path / "frames.png")
+    assert (tmp_path / "frames.png").stat().st_size > 1000

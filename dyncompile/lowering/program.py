@@ -25,7 +25,7 @@ Program = Callable[[list[Tensor], int, Tensor | None, Run], tuple[Tensor, ...]]
 _names = itertools.count()
 
 
-def write_program(plan: Plan, segments: Segments, fresh: Collection[fx.Node]) -> Program:
+def write_program(plan: Plan, segments: Segments, fresh: Collection[fx.Node]) -> tuple[Program, str]:
     """Generate the function that runs a plan.
 
     Args:
@@ -34,7 +34,7 @@ def write_program(plan: Plan, segments: Segments, fresh: Collection[fx.Node]) ->
         fresh: Outputs of segments that share memory with nothing else.
 
     Returns:
-        The function of the plan's root.
+        The function of the plan's root, and the source of all.
     """
     writer = _Writer(segments, fresh)
     root = writer.block(plan.root)
@@ -42,7 +42,7 @@ def write_program(plan: Plan, segments: Segments, fresh: Collection[fx.Node]) ->
     name = f"<dyncompile program {next(_names)}>"
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
     exec(compile(source, name, "exec"), writer.bound)  # noqa: S102 - written here
-    return writer.bound[root.name]  # type: ignore[no-any-return]
+    return writer.bound[root.name], source
 
 
 class _Written:

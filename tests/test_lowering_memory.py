@@ -62,7 +62,7 @@ def test_what_is_still_read_is_not_written_to(base, after, device):
 
 def test_a_value_of_ones_own_is_written_into(device):
     _, fast = lowered(Chosen(BASES["of its own"]), device, (torch.randn(2, 4, device=device),))
-    assert "clone" not in "".join(fast.source.splitlines())
+    assert ".clone()" not in fast.source
     _, fast = lowered(Chosen(BASES["the input"]), device, (torch.randn(2, 4, device=device),))
     assert ".clone()" in fast.source
 

@@ -64,7 +64,6 @@ class _Writer:
             "gather": gather,
             "merge": merge,
             "within": within,
-            "torch": torch,
         }
         self.count = itertools.count()
 
@@ -135,20 +134,17 @@ class _BlockWriter:
         for decision in _shared(step):
             self.share(decision)
         call = self.writer.segments[step]
-        compiled = isinstance(call, CompiledSegment)
-        formats = call.formats if isinstance(call, CompiledSegment) else [None] * len(step.inputs)
-        arguments = [self.argument(n, layout) for n, layout in zip(step.inputs, formats, strict=True)]
-        if compiled:
-            arguments.insert(0, "count")
-        self.line(f"a = [{', '.join(arguments)}]")
-        self.drop(n for n in step.inputs if n in dead)
-        results = _tuple([self.variable(n) for n in step.outputs])
         if isinstance(call, CompiledSegment):
             serving, serve = self.writer.bind("programs", call.serving), self.writer.bind("serve", call.serve)
-            self.line(f"{results} = ({serving}.get(count) or {serve}(count))(a)")
+            run = f"({serving}.get(count) or {serve}(count))(a)"
+            arguments = ["count", *(self.argument(n, f) for n, f in zip(step.inputs, call.formats, strict=True))]
             self.layouts.update(zip(step.outputs, call.output_formats, strict=True))
         else:
-            self.line(f"{results} = {self.writer.bind('segment', call)}(*a)")
+            run = f"{self.writer.bind('segment', call)}(*a)"
+            arguments = [self.variable(n) for n in step.inputs]
+        self.line(f"a = [{', '.join(arguments)}]")
+        self.drop(n for n in step.inputs if n in dead)
+        self.line(f"{_tuple([self.variable(n) for n in step.outputs])} = {run}")
         self.owned.update(n for n in step.outputs if n in self.writer.fresh)
         self.drop(n for n in step.outputs if n in dead)
 
@@ -164,7 +160,7 @@ class _BlockWriter:
     def argument(self, node: fx.Node, layout: Any) -> str:
         """A value in the memory format that a compiled segment reads."""
         name = self.variable(node)
-        if layout is None or self.layouts.get(node) == layout:
+        if self.layouts.get(node) == layout:
             return name
         return f"{name}.contiguous(memory_format={self.writer.bind('layout', layout)})"
 

@@ -1,20 +1,26 @@
 """Channel gate: how many channels of a layer are computed is chosen per sample."""
 
 import dataclasses
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import fx, nn
 
 from dyncompile.channels import ChannelGroup, channel_groups
 from dyncompile.errors import ArgumentError, PassError
 from dyncompile.features import feature, token_mask
 from dyncompile.graph import Graph, spec
-from dyncompile.narrowing import Arm, Region, obstacle, region, saved_flops
+from dyncompile.narrowing import Arm, Body, Region, flops_of, obstacle, region, saved_flops, unmasked
 from dyncompile.nn import FeedForwardPolicy, Gate, build_estimator
+from dyncompile.nn.channelwise import ChannelMask, GatedChannels
+from dyncompile.nn.neurons import TopKGate
 from dyncompile.ops import SWITCH
 from dyncompile.passes.base import Pass, Refusal, Site
 from dyncompile.shapes import module_flops
+
+aten = torch.ops.aten
 
 _LEAST = 2
 """Channels that the narrowest level keeps: of one channel the layouts of an image cannot be told apart."""
@@ -33,15 +39,25 @@ class ChannelGate(Pass):
     A narrow arm runs slices of the same weights. Its batch norms see other values than the static model's where they
     stand behind a layer that reads narrowed channels.
 
+    With `granularity="channel"` any of the channels is left out, as its saliency says (feature boosting and
+    suppression, arXiv 1810.05124):
+
+    After:   %d, _ = gates.channels0(%x)                                   ; one decision a channel, `[N * C]`
+             %h = relu(bn1(conv1(%x))); %y = bn2(conv2(mask(%h, %d)))      ; the mask in training only
+             %z = gated(static=(conv2,), %d, %x, weights...); ... bn2(%z)  ; stands in for the value of conv2
+
     Legality: convolutions or linear layers make the channels and read them, and what lies between works on each
     channel by itself (batch, group and layer norm, activations, pooling, grouped convolutions, sums, scales computed
     from the channels); no value between is read elsewhere; no layer is narrowed by two gates; the narrowest level
     saves more than the gate costs.
 
     Args:
-        levels: Share of the channels at each width, ascending; the last is 1.
-        chain: Up to how many groups one gate narrows together, where a layer reads one and makes the next (the two
-            inside a bottleneck).
+        granularity: "levels": one of K widths, of the first channels; "channel": each channel has a decision.
+        keep: With "channel", the share of a group's channels that every sample opens, those of the largest logits;
+            None: as many as pass the gate.
+        levels: With "levels", share of the channels at each width, ascending; the last is 1.
+        chain: With "levels", up to how many groups one gate narrows together, where a layer reads one and makes the
+            next (the two inside a bottleneck).
         norm: Batch norms that see other values at another width: "switchable": statistics and parameters for each
             width; "shared": the static ones.
         worth: Least share of the model's FLOPs that the narrowest level of a gate saves.
@@ -55,6 +71,8 @@ class ChannelGate(Pass):
     summary: ClassVar[str] = "a gate on the channels between layers; a sample runs the width that it needs"
     paper: ClassVar[str] = "2103.13258"
 
+    granularity: str = "levels"
+    keep: float | None = None
     levels: Sequence[float] = (0.25, 0.5, 0.75, 1.0)
     chain: int = 2
     norm: str = "switchable"
@@ -64,6 +82,10 @@ class ChannelGate(Pass):
     estimator: str = "gumbel"
 
     def __post_init__(self) -> None:
+        if self.granularity not in ("levels", "channel"):
+            raise ArgumentError("granularity", found=repr(self.granularity), expected="'levels' or 'channel'")
+        if self.keep is not None and (self.granularity != "channel" or not 0 < self.keep < 1):
+            raise ArgumentError("keep", found=self.keep, expected="a share in (0, 1), with granularity='channel'")
         given: Any = self.levels
         shares = list(given) if isinstance(given, list | tuple) else []
         ascending = all(a < b for a, b in zip([0.0, *shares], shares, strict=False))
@@ -102,14 +124,16 @@ class ChannelGate(Pass):
         names: dict[fx.Node, str] = {}
         for group in groups:
             if group.producers[0] in chosen:
-                names[group.producers[0]] = f"width{len(names)}"
+                names[group.producers[0]] = f"{'channels' if self._each else 'width'}{len(names)}"
         covered = {group.producers[0] for chain in chosen.values() for group in chain}
         for group in groups:
             first = group.producers[0]
             if first in chosen:
                 producers = [other.producers[0].name for other in chosen[first]]
-                parts = self._parts(chosen[first])
-                yield Site(name=names[first], node=first.name, data={"groups": producers, "parts": parts})
+                data = (
+                    {"groups": producers} if self._each else {"groups": producers, "parts": self._parts(chosen[first])}
+                )
+                yield Site(name=names[first], node=first.name, data=data)
             elif first not in covered:
                 yield Refusal(node=first.name, reason=reasons[first] or self._overlap(graph, group, taken, names))
 
@@ -126,8 +150,10 @@ class ChannelGate(Pass):
             yield list(together)
             readers = {layer for one in together for layer in one.consumers}
             follows = [g for g in groups if g not in together and readers.intersection(g.producers)]
+            if len(together) == (1 if self._each else self.chain):
+                return
             legal = [g for g in follows if self._refuse(graph, [*together, g]) is None]
-            if not legal or len(together) == self.chain:
+            if not legal:
                 return
             together.append(legal[0])
 
@@ -148,12 +174,13 @@ class ChannelGate(Pass):
             if not group.consumers:
                 return "no layer reads its channels"
         found = self._region(graph, groups)
-        if reason := obstacle(graph, found):
+        if reason := obstacle(graph, found) or (unmasked(graph, found) if self._each else None):
             return reason
         if not self._parts(groups):
             return f"{groups[0].parts} parts are too few for levels {list(self.levels)}"
         try:
-            cost = module_flops(lambda: self._policy(graph, found.source, 2), self._inputs(graph, found.source))
+            columns = groups[0].parts if self._each else 2
+            cost = module_flops(lambda: self._policy(graph, found.source, columns), self._inputs(graph, found.source))
         except ArgumentError as error:
             return str(error)
         saved = self._saved(graph, groups)
@@ -163,8 +190,15 @@ class ChannelGate(Pass):
             return f"the narrowest level saves {100 * saved / graph.total_flops:.2g} % of the model"
         return None
 
+    @property
+    def _each(self) -> bool:
+        return self.granularity == "channel"
+
     def _parts(self, groups: list[ChannelGroup]) -> list[list[int]]:
         """For each narrow level, how many parts of each group are kept; levels that coincide are one."""
+        if self._each:
+            fewest = self._kept(groups[0]) or 1
+            return [[fewest]] if fewest < groups[0].parts else []
         found: list[list[int]] = []
         for level in self.levels:
             kept = []
@@ -176,6 +210,10 @@ class ChannelGate(Pass):
                 found.append(kept)
         return found[:-1]
 
+    def _kept(self, group: ChannelGroup) -> int | None:
+        """How many parts every sample opens; None if as many as pass the gate."""
+        return None if self.keep is None else max(round(self.keep * group.parts), 1)
+
     # --- how -------------------------------------------------------------------------------------
 
     def rewrite(self, graph: Graph, site: Site) -> None:
@@ -185,6 +223,9 @@ class ChannelGate(Pass):
         if missing:
             raise PassError(f"`{missing[0]}` makes no group of channels here: the sites were made for another model")
         found = self._region(graph, [groups[name] for name in site.data["groups"]])
+        if self._each:
+            self._gate_channels(graph, site.name, found)
+            return
         source = found.source
         arms = len(site.data["parts"]) + 1
         gate = Gate(self._policy(graph, source, arms), estimator=build_estimator(self.estimator), routes=arms)
@@ -205,6 +246,67 @@ class ChannelGate(Pass):
             for user in list(node.users):
                 if user is not chosen and user not in found.nodes:
                     user.replace_input_with(node, chosen)
+
+    def _gate_channels(self, graph: Graph, name: str, found: Region) -> None:
+        """Let each channel of a group have a decision."""
+        (group,) = found.groups
+        policy, estimator = self._policy(graph, found.source, group.parts), build_estimator(self.estimator)
+        kept = self._kept(group)
+        if kept is None:
+            gate = Gate(policy, estimator=estimator, decisions=group.parts)
+        else:
+            gate = TopKGate(policy, estimator=estimator, k=kept, decisions=group.parts)
+        picked, likely = graph.insert(f"gates.{name}", gate, self._inputs(graph, found.source), ("", ""))
+        call = graph.fx.call_function
+        with graph.fx.inserting_after(likely):
+            decision = call(aten.reshape.default, (picked, [-1]))
+        with graph.fx.inserting_after(decision):
+            probability = call(aten.reshape.default, (likely, [-1]))
+        decision.meta.update(owner=name, decision=name, tap=("decision", name))
+        probability.meta.update(owner=name, tap=("probability", name))
+
+        body = Body(graph, found)
+        scaled = flops_of(graph, found)
+        module = GatedChannels(
+            body.module,
+            parts=group.parts,
+            values=[spec(v).batch_dim if isinstance(v, fx.Node) else None for v in body.values_read],
+            results=[spec(node).batch_dim or 0 for node in found.exits],
+            flops=scaled,
+        )
+        self._mask(graph, name, found, decision)
+        graph.add_module(f"_modes.{name}", module)
+        users = {node: list(node.users) for node in found.exits}
+        with graph.fx.inserting_before(found.nodes[-1].next):
+            values = [v if isinstance(v, fx.Node) else graph.fx.get_attr(v) for v in body.values_read]
+            stand = graph.fx.create_node("call_module", f"_modes.{name}", (found.exits, decision, *values))
+            parts = [call(operator.getitem, (stand, i)) for i in range(len(found.exits))]
+        for node, part in zip(found.exits, parts, strict=True):
+            part.meta["path"] = node.meta.get("path", ())
+            if node.meta.pop("final", False):
+                part.meta["final"] = True
+            for user in users[node]:
+                if user not in found.nodes:
+                    user.replace_input_with(node, part)
+        graph.invalidate()
+        graph.propagate()
+        stand.meta.update(stands_in=name, owner=name, share=scaled / graph.flops(stand))
+
+    def _mask(self, graph: Graph, name: str, found: Region, decision: fx.Node) -> None:
+        """In training, multiply the channels with their decisions where layers read them."""
+        (group,) = found.groups
+        masks: dict[fx.Node, fx.Node] = {}
+        for layer in group.consumers:
+            x: fx.Node = layer.args[0]  # type: ignore[assignment]
+            if x not in masks:
+                path = f"_modes.{name}_{x.name}"
+                dim = spec(x).batch_dim
+                assert dim is not None
+                graph.add_module(path, ChannelMask(group.parts, group.kept(x, 1), group.dims[x], dim))
+                with graph.fx.inserting_after(x):
+                    masks[x] = graph.fx.create_node("call_module", path, (x, decision))
+                masks[x].meta["training_only"] = True
+            layer.replace_input_with(x, masks[x])
 
     def _region(self, graph: Graph, groups: list[ChannelGroup]) -> Region:
         return region(graph, groups, norms=self.norm == "switchable")

@@ -23,7 +23,7 @@ from dyncompile.channels import (
 )
 from dyncompile.graph import Graph, attribute, is_tensor, spec
 from dyncompile.nn.channelwise import entries_of, masked
-from dyncompile.nn.narrow import ArmBatchNorm, ArmDropout, private_norm
+from dyncompile.nn.narrow import ArmBatchNorm, ArmDropout, ArmStatistics, private_norm
 from dyncompile.ops import is_select
 
 aten = torch.ops.aten
@@ -270,17 +270,16 @@ class Arm(_Copy):
         parts: Of each group, how many parts are kept.
         owner: Path of the gate, which owns the arm's modules.
         label: Tells the arm's modules from those of others.
-        switchable: Norms that see other values at another width keep statistics of their own.
+        norm: Norms that see other values at another width have statistics and parameters of their own ("switchable"),
+            statistics alone ("recalibrated"), or those of the static layer ("shared").
     """
 
-    def __init__(
-        self, graph: Graph, found: Region, parts: Sequence[int], *, owner: str, label: str, switchable: bool
-    ) -> None:
+    def __init__(self, graph: Graph, found: Region, parts: Sequence[int], *, owner: str, label: str, norm: str) -> None:
         super().__init__(graph, found)
         self.parts = parts
         self.owner = owner
         self.label = label
-        self.switchable = switchable
+        self.norm = norm
         self.place: Node = found.nodes[0]
 
     def insert(self, ends: dict[Node, Node]) -> dict[Node, Node]:
@@ -338,9 +337,13 @@ class Arm(_Copy):
     def _norm(self, node: Node, module: nn.modules.batchnorm._BatchNorm, x: Node) -> Node:
         cut = self._cut(node, 1)
         path = f"{self.owner}.{self.label}_{node.name}"
-        if node in self.changed and self.switchable:
-            self.graph.add_module(path, private_norm(module, module.num_features if cut is None else cut[1]))
+        channels = module.num_features if cut is None else cut[1]
+        if node in self.changed and self.norm == "switchable":
+            self.graph.add_module(path, private_norm(module, channels))
             return self._emit(path, x)
+        if node in self.changed and self.norm == "recalibrated":
+            self.graph.add_module(path, ArmStatistics(module, channels))
+            return self._emit(path, x, *(self._part(f"{node.target}.{name}") for name in ("weight", "bias")))
         self.graph.add_module(path, ArmBatchNorm(module.eps))
         return self._emit(path, x, *(self._part(f"{node.target}.{name}") for name in _STATISTICS))
 

@@ -22,6 +22,7 @@ from dyncompile.shapes import module_flops
 
 aten = torch.ops.aten
 
+_NORMS = ("switchable", "recalibrated", "shared")
 _LEAST = 2
 """Channels that the narrowest level keeps: of one channel the layouts of an image cannot be told apart."""
 
@@ -59,7 +60,8 @@ class ChannelGate(Pass):
         chain: With "levels", up to how many groups one gate narrows together, where a layer reads one and makes the
             next (the two inside a bottleneck).
         norm: Batch norms that see other values at another width: "switchable": statistics and parameters for each
-            width; "shared": the static ones.
+            width; "recalibrated": statistics for each width, which `dyncompile.training.recalibrate_norms` estimates
+            anew; "shared": the static ones.
         worth: Least share of the model's FLOPs that the narrowest level of a gate saves.
         hidden: Width between the layers of a gate.
         pool: What of a feature map or of tokens a gate reads: "mean", "cls", "last", or "auto": as the model itself
@@ -97,8 +99,8 @@ class ChannelGate(Pass):
                 raise ArgumentError(argument, found=repr(value), expected="a number >= 1")
         if not 0 <= self.worth < 1:
             raise ArgumentError("worth", found=self.worth, expected="a share in [0, 1)")
-        if self.norm not in ("switchable", "shared"):
-            raise ArgumentError("norm", found=repr(self.norm), expected="'switchable' or 'shared'")
+        if self.norm not in _NORMS:
+            raise ArgumentError("norm", found=repr(self.norm), expected=f"one of {_NORMS}")
         if self.pool not in ("auto", "mean", "cls", "last"):
             raise ArgumentError("pool", found=repr(self.pool), expected="'auto', 'mean', 'cls' or 'last'")
         build_estimator(self.estimator)
@@ -234,7 +236,7 @@ class ChannelGate(Pass):
         ends: dict[fx.Node, fx.Node] = {}
         narrow = []
         for level, parts in enumerate(site.data["parts"]):
-            arm = Arm(graph, found, parts, owner=path, label=f"arm{level}", switchable=self.norm == "switchable")
+            arm = Arm(graph, found, parts, owner=path, label=f"arm{level}", norm=self.norm)
             narrow.append(arm.insert(ends))
         for node in found.exits:
             values = [*(copies[node] for copies in narrow), node]
@@ -309,7 +311,7 @@ class ChannelGate(Pass):
             layer.replace_input_with(x, masks[x])
 
     def _region(self, graph: Graph, groups: list[ChannelGroup]) -> Region:
-        return region(graph, groups, norms=self.norm == "switchable")
+        return region(graph, groups, norms=self.norm != "shared" and not self._each)
 
     def _inputs(self, graph: Graph, source: fx.Node) -> list[fx.Node]:
         mask = token_mask(graph, source)

@@ -12,11 +12,12 @@ import dyncompile as dc
 from dyncompile.capture import capture
 from dyncompile.demand import analyse
 from dyncompile.errors import ArgumentError, PassError
-from dyncompile.nn.narrow import ArmBatchNorm, ArmDropout
+from dyncompile.nn.narrow import ArmBatchNorm, ArmDropout, ArmStatistics
 from dyncompile.ops import SWITCH, arms_of
 from dyncompile.passes import Refusal
 from dyncompile.passes.channel_gate import ChannelGate
 from dyncompile.testing import forced
+from dyncompile.training import recalibrate_norms
 
 BATCHES = (1, 2, 7, 33)
 
@@ -216,6 +217,22 @@ def test_shared_norms(converted):
     x, route = inputs(9), torch.arange(9) % 4
     with torch.no_grad(), forced(dyn, {"width0": route}), forced(fast, {"width0": route}):
         torch.testing.assert_close(fast(x), dyn(x), rtol=1e-4, atol=1e-5)
+
+
+def test_recalibrated_norms_have_statistics_of_their_own_alone(converted):
+    _, dyn, inputs = converted("bottleneck", norm="recalibrated")
+    own = {n: m for n, m in dyn.gates.width0.named_modules() if isinstance(m, ArmStatistics)}
+    assert [own[f"arm{i}__1_bn2"].num_features for i in range(3)] == [2, 4, 6]
+    assert not any(list(norm.parameters()) for norm in own.values())
+    fast = dc.lower(dyn.eval(), backend="eager", decline=False)
+    x, route = inputs(64), torch.arange(64) % 4
+    before = [norm.running_mean.clone() for norm in own.values()]
+    with torch.no_grad(), forced(dyn, {"width0": route}), forced(fast, {"width0": route}):
+        torch.testing.assert_close(fast(x), dyn(x), rtol=1e-4, atol=1e-5)
+    dyn.gates.width0.enabled.fill_(True)
+    reached = recalibrate_norms(dyn, (x, route))
+    moved = [not torch.equal(a, norm.running_mean) for a, norm in zip(before, own.values(), strict=True)]
+    assert moved == [reached[f"gates.width0.{name}"] > 0 for name in own]
 
 
 @pytest.mark.parametrize("name", widening.MODELS)

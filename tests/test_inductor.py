@@ -316,3 +316,21 @@ def test_a_second_program_of_a_segment(device: torch.device) -> None:
         with torch.no_grad():
             torch.testing.assert_close(compiled(x)[0], model(x), rtol=1e-4, atol=1e-5)
     assert compiled.programs == 2
+
+
+def test_scalars_of_equal_graphs_are_not_mistaken_for_each_other(device):
+    """Inductor keeps code on disk; a threshold of another model, or from before calibration, must not come back."""
+
+    class Passes(nn.Module):
+        def __init__(self, threshold):
+            super().__init__()
+            self.register_buffer("threshold", torch.tensor(threshold))
+
+        def forward(self, x):
+            return (x.sin().sum(1) >= self.threshold,)
+
+    x = torch.linspace(0, 1, 12, device=device).view(4, 3)
+    for threshold in (0.25, 1.25, 2.25):
+        module = Passes(threshold).to(device)
+        (found,) = compile_segment(module, [x], [SegmentInput()])(x)
+        assert torch.equal(found, *module(x))

@@ -21,6 +21,7 @@ folded for each set of weights.
 """
 
 import copy
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -32,6 +33,7 @@ from torch._guards import TracingContext, tracing
 from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.constant_folding import replace_node_with_constant
+from torch._inductor.freezing_utils import is_frozen_param
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
@@ -226,6 +228,7 @@ class CompiledSegment:
                     "the segment changes or returns one of its own parameters or buffers, so it cannot be frozen"
                 )
             _pack_convolutions(gm, {symbol: hint})
+            _tell_scalars_apart(gm)
             code.append(compile_fx_inner(gm, inputs, *args, **kwargs))
             return code[0]
 
@@ -368,6 +371,17 @@ def _pack_convolutions(gm: fx.GraphModule, hint: dict[Any, int]) -> None:
             replace_node_with_constant(gm, packed, pack(frozen.detach(), *arguments))
     gm.graph.eliminate_dead_code()
     gm.recompile()
+
+
+def _tell_scalars_apart(gm: fx.GraphModule) -> None:
+    """Let the key under which inductor keeps compiled code hold the values of frozen scalars.
+
+    It writes them into the code (thresholds, temperatures), and takes two graphs for one that differ in them alone.
+    """
+    for node in gm.graph.find_nodes(op="get_attr"):
+        value = operator.attrgetter(str(node.target))(gm)
+        if isinstance(value, Tensor) and value.dim() == 0 and is_frozen_param(value):
+            del value._is_frozen_param  # type: ignore[attr-defined]
 
 
 def _picks_eager_kernel(guard: Any) -> bool:

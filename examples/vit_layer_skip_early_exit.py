@@ -13,7 +13,7 @@ data = digits()  # ships with scikit-learn
 x, y = data.test.tensors
 model = VisionTransformer(x.shape[-1], patch=4, width=48, depth=4, in_channels=x.shape[1])
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-for _ in range(30):  # the static model, as you have it
+for _ in range(20):  # the static model, as you have it
     for images, labels in as_loader(data.train, batch_size=64, shuffle=True):
         optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()
@@ -22,7 +22,7 @@ for _ in range(30):  # the static model, as you have it
 # A gate on each attention and each feed-forward branch; exits between the layers, inside what the gates leave.
 dyn = dc.dynamize(model, ["layer_skip", "early_exit"], example_inputs=x[:2])
 print(dyn.inspect())
-dc.finetune(dyn, data.train, epochs=25, mode="joint", target_cost=0.7, lr=3e-3, progress=False)
+dc.finetune(dyn, data.train, epochs=16, mode="joint", target_cost=0.7, lr=3e-3, progress=False)
 print(dc.calibrate(dyn.eval(), data.calibration, max_cost=0.5, progress=False))
 
 trace = dyn.trace(x)

@@ -77,3 +77,10 @@ def test_a_model_that_cannot_be_copied(device):
     with pytest.raises(CaptureError, match="the model cannot be copied: .*inplace=True"):
         capture(model, (x,))
     assert capture(model, (x,), inplace=True).root is model
+
+
+@pytest.mark.parametrize("name", ["meta", "graph"])
+def test_a_layer_with_a_name_that_export_needs(device, name):
+    model = Lambda(lambda m, x: getattr(m, name)(x), **{name: nn.Linear(4, 4)}).to(device)
+    with pytest.raises(CaptureError, match=f"the model's own `{name}` has the name .* rename it"):
+        capture(model, (torch.randn(2, 4, device=device),))

@@ -11,10 +11,10 @@ from dyncompile.lowering.absorbing import absorb_activations
 from dyncompile.ops import SELECT, arms_of
 
 
-def lowered(model, device, example):
+def lowered(model, device, example, backend="eager"):
     model = model.to(device).eval()
     graph = capture(model, example, {})
-    return model, dc.lower(dc.DynamicModule(graph, describe(graph, model, "given")), backend="eager", decline=False)
+    return model, dc.lower(dc.DynamicModule(graph, describe(graph, model, "given")), backend=backend, decline=False)
 
 
 class Chosen(nn.Module):
@@ -61,10 +61,75 @@ def test_what_is_still_read_is_not_written_to(base, after, device):
 
 
 def test_a_value_of_ones_own_is_written_into(device):
-    _, fast = lowered(Chosen(BASES["of its own"]), device, (torch.randn(2, 4, device=device),))
+    _, fast = lowered(Chosen(BASES["of its own"]), device, (torch.randn(2, 4, device=device),), "inductor")
     assert ".clone()" not in fast.source
-    _, fast = lowered(Chosen(BASES["the input"]), device, (torch.randn(2, 4, device=device),))
+    _, fast = lowered(Chosen(BASES["the input"]), device, (torch.randn(2, 4, device=device),), "inductor")
     assert ".clone()" in fast.source
+
+
+class Lives(nn.Module):
+    """Two choices between which a value is lent: to a view, to another choice, or to an arm that returns a view."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.kind = kind
+
+    def forward(self, x):
+        base = self.first(x)
+        if self.kind == "a choice":
+            return dc.select(x[:, 0] > 0, self.second(base), base), dc.select(x[:, 1] > 0, self.first(base), base)
+        y = dc.select(x[:, 0] > 0, self.second(base), base)
+        if self.kind == "a view":
+            lent = y.reshape(-1, 2, 2)
+        else:
+            lent = dc.select(x[:, 2] > 0, y.reshape(-1, 2, 2), y.reshape(-1, 2, 2).transpose(1, 2))
+        decided = lent.flatten(1) if self.kind == "an arm" else y
+        return dc.select(decided[:, 1] > decided[:, 2], self.first(y), y), lent
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("kind", ["a choice", "a view", "an arm"])
+def test_what_was_lent_is_not_written_to(kind, backend, device):
+    torch.manual_seed(0)
+    model = Lives(kind).to(device).eval()
+    graph = capture(model, (torch.randn(2, 4, device=device),), {}, prediction="0")
+    dyn = dc.DynamicModule(graph, describe(graph, model, "given"))
+    fast = dc.lower(dyn, backend=backend, decline=False)
+    for batch in (2, 3, 7, 7, 33):
+        x = torch.randn(batch, 4, device=device)
+        if kind == "a choice":
+            x[:, 0] = -1  # the first choice is the base itself
+        if kind == "an arm":
+            x[:, 2] = 1  # all take the arm that returns a view
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+class Laid(nn.Module):
+    def __init__(self, values):
+        super().__init__()
+        self.values, self.layer = values, nn.Linear(4, 4)
+
+    def forward(self, x):
+        h = self.values(x)
+        return dc.select(x[:, 0, 0, 0] > 0, self.layer(h), h)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [lambda x: x.permute(0, 2, 3, 1).contiguous(), lambda x: (x * 2).flatten(2).unfold(2, 4, 2)],
+    ids=["copied in one layout only", "overlapping"],
+)
+def test_the_layout_of_an_input_decides_nothing(values, device):
+    torch.manual_seed(0)
+    model, fast = lowered(Laid(values), device, (torch.randn(2, 4, 3, 3, device=device),))
+    for batch in (2, 7):
+        x = torch.randn(batch, 4, 3, 3, device=device).contiguous(memory_format=torch.channels_last)
+        kept = x.clone()
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-6)
+        assert torch.equal(x, kept)
 
 
 class Rectified(nn.Module):

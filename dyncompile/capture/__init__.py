@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from dyncompile.capture import canonical
 from dyncompile.capture.check import check, expect, fresh, resize, undisturbed
@@ -63,6 +63,9 @@ def capture(
         MixedSamplesError: The model mixes the samples of a batch.
         ArgumentError: The inputs or the name of the prediction do not fit.
     """
+    # torch.export hands out a GraphModule, which would lose them behind its own.
+    if clashes := [n for n in model._modules if n == "meta" or hasattr(fx.GraphModule, n)]:
+        raise CaptureError(f"the model's own `{clashes[0]}` has the name of an attribute of a GraphModule; rename it")
     signature = Signature.of(model, args, kwargs or {})
     root = model if inplace else _copied(model)
     _forget_cache(root)

@@ -100,37 +100,47 @@ class LoweredModule(nn.Module):
     def _take(self, plan: Plan) -> None:
         self.plan = plan
         self._segments = self._compile()
-        self._program, self.source = write_program(plan, self._segments, self._checked())
+        self._program, self.source = write_program(plan, self._segments, *self._checked())
         # For each leaf of the output its position among the values of the program, or -1 and what it always is.
         place = {node: i for i, node in enumerate(plan.root.outputs)}
         leaves: Any = plan.graph.output_node().args[0]
         self._leaves = [(place[v], None) if isinstance(v, fx.Node) else (-1, v) for v in leaves]
 
-    def _checked(self) -> set[fx.Node]:
+    def _checked(self) -> tuple[set[fx.Node], dict[Segment, set[fx.Node]]]:
         """Run every segment at two batch sizes and compare it with the dense reference.
 
         Returns:
-            Outputs of segments that share memory neither with an input nor with another output, nor within.
+            Outputs of segments that share memory neither with an input nor with another output, nor within; and for
+            each segment the inputs that an output shares memory with.
 
         Raises:
             LoweringError: A compiled segment computes something else.
         """
-        found = {n for segment in self.plan.segments() for n in segment.outputs}
+        fresh = {n for segment in self.plan.segments() for n in segment.outputs}
+        lent: dict[Segment, set[fx.Node]] = {segment: set() for segment in self.plan.segments()}
         for batch in (1, 4):
             values = self.examples(batch)
             for segment in self.plan.segments():
                 given = [values[n] for n in segment.inputs]
                 with torch.no_grad():
                     results = self._segments[segment](*given)
-                held = Counter(t.untyped_storage().data_ptr() for t in (*given, *results))
+                pointers = [t.untyped_storage().data_ptr() for t in results]
+                held = Counter(pointers) + Counter(t.untyped_storage().data_ptr() for t in given)
+                # In eager mode it hangs on an input's layout whether an operation copies.
+                fixed = hasattr(self._segments[segment], "formats")
+                lent[segment].update(
+                    n
+                    for n, t in zip(segment.inputs, given, strict=True)
+                    if not fixed or t.untyped_storage().data_ptr() in pointers
+                )
                 for node, value in zip(segment.outputs, results, strict=True):
                     if value.is_floating_point() and not same(value, values[node], slack=10.0):
                         why = f"`{node.name}`, compiled, differs from eager mode at batch size {batch}"
                         raise LoweringError(f"{why}: lower(dyn, backend='eager') does not compile")
                     # An expanded value has several entries in one place.
-                    if held[value.untyped_storage().data_ptr()] > 1 or 0 in value.stride():
-                        found.discard(node)
-        return found
+                    if not fixed or held[value.untyped_storage().data_ptr()] > 1 or 0 in value.stride():
+                        fresh.discard(node)
+        return fresh, lent
 
     def _compile(self) -> Segments:
         dyn = self.dynamic

@@ -25,18 +25,21 @@ Program = Callable[[list[Tensor], int, Tensor | None, Run], tuple[Tensor, ...]]
 _names = itertools.count()
 
 
-def write_program(plan: Plan, segments: Segments, fresh: Collection[fx.Node]) -> tuple[Program, str]:
+def write_program(
+    plan: Plan, segments: Segments, fresh: Collection[fx.Node], lent: Mapping[Segment, Collection[fx.Node]]
+) -> tuple[Program, str]:
     """Generate the function that runs a plan.
 
     Args:
         plan: What runs.
         segments: Its segments, callable.
         fresh: Outputs of segments that share memory with nothing else.
+        lent: Inputs of segments that outputs may share memory with.
 
     Returns:
         The function of the plan's root, and the source of all.
     """
-    writer = _Writer(segments, fresh)
+    writer = _Writer(segments, fresh, lent)
     root = writer.block(plan.root)
     source = "\n".join(writer.lines)
     name = f"<dyncompile program {next(_names)}>"
@@ -55,9 +58,12 @@ class _Written:
 
 
 class _Writer:
-    def __init__(self, segments: Segments, fresh: Collection[fx.Node]) -> None:
+    def __init__(
+        self, segments: Segments, fresh: Collection[fx.Node], lent: Mapping[Segment, Collection[fx.Node]]
+    ) -> None:
         self.segments = segments
         self.fresh = fresh
+        self.lent = lent
         self.lines: list[str] = []
         self.bound: dict[str, Any] = {
             "choice": choice,
@@ -146,6 +152,7 @@ class _BlockWriter:
         self.drop(n for n in step.inputs if n in dead)
         self.line(f"{_tuple([self.variable(n) for n in step.outputs])} = {run}")
         self.owned.update(n for n in step.outputs if n in self.writer.fresh)
+        self.owned.difference_update(self.writer.lent[step])
         self.drop(n for n in step.outputs if n in dead)
 
     def share(self, decision: fx.Node) -> None:
@@ -206,6 +213,11 @@ class _BlockWriter:
             )
             if fresh and all(_alone(v, select, step) for v in sources[select]):
                 self.owned.add(select)
+        # A select may be an arm itself, or what a block returns a view of an input of its own.
+        self.owned.difference_update(v for arms in sources.values() for v in arms if v not in dead)
+        for arm, written in zip(step.arms, blocks, strict=True):
+            if arm and written and not all(written.fresh.values()):
+                self.owned.difference_update(arm.inputs)
         self.drop(n for n in step.selects if n in dead)
 
     def gathered_layouts(self, block: Block) -> dict[fx.Node, Any]:

@@ -258,6 +258,12 @@ class _Entry(nn.Module):
         super().__init__()
         self.segment = segment
         self.formats = formats
+        if isinstance(segment, fx.GraphModule):
+            for node in segment.graph.find_nodes(op="call_function", target=torch.ops.aten.conv2d.default):
+                weight: Any = node.args[1]
+                if weight.op == "get_attr" and operator.attrgetter(str(weight.target))(segment).shape[1] == 1:
+                    node.target = _convolve_one if (*node.args, *[1] * 7)[6] == 1 else node.target
+            segment.recompile()
         for owner in list(segment.modules()):
             if isinstance(owner, _OneChannelConv | _SmallLinear):
                 continue  # of an earlier program of this segment
@@ -293,9 +299,21 @@ class _OneChannelConv(nn.Module):
         conv = self.convolution
         if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             return conv(x)  # type: ignore[no-any-return]
-        wide = nn.functional.pad(x, (0, 0, 0, 0, 0, 1)).contiguous(memory_format=torch.channels_last)
-        weight = nn.functional.pad(conv.weight, (0, 0, 0, 0, 0, 1))
-        return nn.functional.conv2d(wide, weight, conv.bias, conv.stride, conv.padding, conv.dilation)
+        return _convolve_one(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation)
+
+
+def _convolve_one(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    _: int = 1,
+) -> Tensor:
+    wide = nn.functional.pad(x, (0, 0, 0, 0, 0, 1)).contiguous(memory_format=torch.channels_last)
+    weight = nn.functional.pad(weight, (0, 0, 0, 0, 0, 1))
+    return nn.functional.conv2d(wide, weight, bias, stride, padding, dilation)
 
 
 class _SmallLinear(nn.Module):

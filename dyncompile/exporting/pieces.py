@@ -1,0 +1,201 @@
+"""Segments of a plan as pieces of ONNX graphs, all exported by torch in one go."""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx, nn
+
+from dyncompile.demand import stands_in
+from dyncompile.errors import ExportError
+from dyncompile.exporting.scope import Scope
+from dyncompile.graph import spec
+from dyncompile.lowering.plan import Plan, Segment, segment_module
+from dyncompile.module import DynamicModule
+from dyncompile.ops import SELECT, SWITCH, mix, mix_many
+
+OPSET = 20
+
+KNOBS = ("threshold", "temperature", "bias", "enabled")
+"""Buffers of exits and gates that stay changeable in an exported file."""
+
+
+class Pieces:
+    """The segments of a plan, to be copied into the graphs of a model.
+
+    Args:
+        plan: Whose segments.
+        dyn: Owns what they run.
+        examples: A value for each value that a segment reads.
+
+    Raises:
+        ExportError: torch cannot export an operation.
+    """
+
+    def __init__(self, plan: Plan, dyn: DynamicModule, examples: Mapping[fx.Node, Tensor]) -> None:
+        segments = [s for s in plan.segments() if not any(stands_in(n) for n in s.nodes)]
+        self.knobs = knobs(dyn)
+        modules = [dense(segment_module(segment, dyn)) for segment in segments]
+        graph = _exported(modules, segments, self.knobs, examples)
+        inputs, outputs = iter(graph.inputs), iter(graph.outputs)
+        self.inputs = {s: [next(inputs) for _ in s.inputs] for s in segments}
+        self.knob_inputs = dict(zip(self.knobs, inputs, strict=True))
+        self.outputs = {s: [next(outputs) for _ in s.outputs] for s in segments}
+        self.order = {node: i for i, node in enumerate(graph)}
+
+    def copy(self, segment: Segment, scope: Scope, knobs: Mapping[str, ir.Value]) -> None:
+        """Add the nodes of a segment to a graph, and note the values of its outputs there.
+
+        Args:
+            segment: Which.
+            scope: Where to.
+            knobs: The value of each knob in the model.
+        """
+        inputs = [scope.values[n] for n in segment.inputs]
+        made: dict[ir.Value, ir.Value] = dict(zip(self.inputs[segment], inputs, strict=True))
+        made.update((self.knob_inputs[name], value) for name, value in knobs.items())
+        for node in self._needed(self.outputs[segment]):
+            copied(node, made, scope)
+        for node, value in zip(segment.outputs, self.outputs[segment], strict=True):
+            scope.values[node] = made.get(value) or _constant(value, scope)
+
+    def _needed(self, outputs: Sequence[ir.Value]) -> list[ir.Node]:
+        found: set[ir.Node] = set()
+        queue = [v.producer() for v in outputs]
+        while queue:
+            node = queue.pop()
+            if node is None or node in found or node not in self.order:
+                continue
+            found.add(node)
+            queue.extend(value.producer() for value in _reads(node))
+        return sorted(found, key=self.order.__getitem__)
+
+
+def knobs(dyn: DynamicModule) -> dict[str, Tensor]:
+    """What calibration sets, by its name in the state: `exits.exit0.threshold`, `gates.gate3.bias`."""
+    buffers = dyn.named_buffers()
+    return {n: b for n, b in buffers if n.split(".")[0] in ("exits", "gates") and n.rpartition(".")[2] in KNOBS}
+
+
+def dense(module: fx.GraphModule) -> fx.GraphModule:
+    """Replace the selects that a segment runs densely by what they compute."""
+    for node in module.graph.nodes:
+        if node.target in (SELECT, SWITCH):
+            node.target = mix if node.target is SELECT else mix_many
+    module.recompile()
+    return module.eval()
+
+
+class _All(nn.Module):
+    """Runs every segment on inputs of its own."""
+
+    def __init__(self, modules: Sequence[nn.Module], counts: Sequence[int], knobs: Sequence[str]) -> None:
+        super().__init__()
+        self.segments = nn.ModuleList(modules)
+        self.counts = counts
+        self.knobs = knobs
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        inputs = iter(tensors)
+        given = [[next(inputs) for _ in range(count)] for count in self.counts]
+        knobs = dict(zip(self.knobs, inputs, strict=True))
+        results: list[Tensor] = []
+        for module, arguments in zip(self.segments, given, strict=True):
+            own = {name for name, _ in module.named_buffers()}
+            results += torch.func.functional_call(module, {k: v for k, v in knobs.items() if k in own}, tuple(arguments))
+        return tuple(results)
+
+
+def _exported(
+    modules: Sequence[nn.Module],
+    segments: Sequence[Segment],
+    knobs: Mapping[str, Tensor],
+    examples: Mapping[fx.Node, Tensor],
+) -> ir.Graph:
+    nodes = [node for segment in segments for node in segment.inputs]
+    # Of one tensor given twice export makes one input.
+    arguments = [*(examples[n].detach() for n in nodes), *knobs.values()]
+    dims = [spec(n).batch_dim for n in nodes]
+    shapes = [None if dim is None else {dim: torch.export.Dim.DYNAMIC} for dim in dims]
+    whole = _All(modules, [len(s.inputs) for s in segments], list(knobs)).eval()
+    try:
+        # Two segments that are traced at one batch size are still two batches.
+        with quiet(), torch.no_grad(), torch.fx.experimental._config.patch(use_duck_shape=False):
+            program = torch.export.export(
+                whole, tuple(arguments), dynamic_shapes=((*shapes, *(None for _ in knobs)),), strict=False
+            )
+            found = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=True, verbose=False)
+    except Exception as error:
+        raise ExportError(f"torch cannot export a segment: {str(error).strip().splitlines()[0]}") from error
+    assert found is not None
+    graph: ir.Graph = found.model.graph
+    return graph
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Leave out what torch says of its own exporter."""
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+# --- copying nodes -----------------------------------------------------------------------------------
+
+
+def copied(node: ir.Node, made: dict[ir.Value, ir.Value], scope: Scope) -> None:
+    """Add a copy of a node, graphs inside of it included; `made` says by what its inputs are replaced."""
+    inputs = [None if v is None else made.get(v) or _constant(v, scope) for v in node.inputs]
+    attributes = [
+        ir.AttrGraph(attribute.name, _inner(attribute.as_graph(), made, scope))
+        if attribute.type == ir.AttributeType.GRAPH
+        else attribute
+        for attribute in node.attributes.values()
+    ]
+    outputs = [ir.Value(name=f"{v.name}_{next(scope.count)}" if v.name else "", type=v.type) for v in node.outputs]
+    scope.add(ir.Node(node.domain, node.op_type, inputs, attributes, outputs=outputs))
+    made.update(zip(node.outputs, outputs, strict=True))
+
+
+def _inner(graph: ir.Graph, made: dict[ir.Value, ir.Value], scope: Scope) -> ir.Graph:
+    inside = Scope(scope)
+    inputs = [ir.Value(name=f"{v.name}_{next(scope.count)}", type=v.type, shape=v.shape) for v in graph.inputs]
+    known = {**made, **dict(zip(graph.inputs, inputs, strict=True))}
+    for node in graph:
+        copied(node, known, inside)
+    outputs = [known.get(v) or inside.op("Identity", _constant(v, inside)) for v in graph.outputs]
+    return inside.finish(graph.name or "inner", outputs, inputs)
+
+
+def _constant(value: ir.Value, scope: Scope) -> ir.Value:
+    if value.const_value is None:
+        raise ExportError(f"`{value.name}` of an exported segment is neither made there nor constant")
+    return scope.tensor(value.const_value, _plain(value.name or ""))
+
+
+def _plain(name: str) -> str | None:
+    """The name of a parameter; None for what torch named itself."""
+    if not name.startswith("segments."):
+        return None
+    return name.split(".", 2)[2]
+
+
+def _reads(node: ir.Node) -> list[ir.Value]:
+    """What a node reads, the graphs inside of it included."""
+    found = [v for v in node.inputs if v is not None]
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            for inner in attribute.as_graph():
+                found += _reads(inner)
+    return found

@@ -1,0 +1,233 @@
+"""A plan as one ONNX model: conditionals become `If`, around whole batches or around the rows that take an arm."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import onnx_ir as ir
+import torch
+from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
+from torch import Tensor, fx
+
+from dyncompile.demand import decision_name, stands_in
+from dyncompile.exporting.pieces import Pieces
+from dyncompile.exporting.recurrent import write_recurrent
+from dyncompile.exporting.rows import filled, gathered, indices, scattered
+from dyncompile.exporting.scope import Scope
+from dyncompile.graph import Spec, spec
+from dyncompile.lowering.plan import Block, Conditional, Plan, Segment
+from dyncompile.module import DynamicModule
+from dyncompile.ops import arms_of
+
+Routing = Literal["batch", "sample"]
+
+Key = fx.Node | str
+"""What leaves a conditional: the value of a select, or by its name a decision that was made inside."""
+
+_NOT_ASKED = -1
+"""What a decision's output says of a row that did not come to it."""
+
+
+class Writer:
+    """Writes a plan as a model.
+
+    `NonZero` finds the rows of an arm. By the sample, `Gather` takes their live-ins, the arm runs on them inside an
+    `If` that leaves it out where nobody takes it, and `ScatterND` writes them over a value of the whole batch. By the
+    batch, the arm runs on every row as soon as one takes it, and `ScatterND` writes the other rows over its values:
+    none, where all take it. Either way an arm stands in the file once.
+
+    Args:
+        plan: What to write.
+        dyn: The model.
+        pieces: The plan's segments.
+        routing: "batch" or "sample".
+        decisions: Whether decisions are outputs too.
+    """
+
+    def __init__(self, plan: Plan, dyn: DynamicModule, pieces: Pieces, *, routing: Routing, decisions: bool) -> None:
+        self.plan = plan
+        self.dyn = dyn
+        self.pieces = pieces
+        self.routing = routing
+        self.knobs: dict[str, ir.Value] = {}
+        self.made = made_decisions(plan) if decisions else {}
+        self.rows = {name: spec(node).rows for node, name in self.made.items()}
+
+    def model(self) -> ir.Model:
+        """The model, its tensors still in memory."""
+        scope = Scope()
+        signature = self.dyn.graph.signature
+        placeholders = [n for n in self.plan.graph.nodes if n.op == "placeholder"]
+        inputs = [typed(spec(n), name, symbol="batch") for n, name in zip(placeholders, signature.names, strict=True)]
+        scope.values.update(zip(placeholders, inputs, strict=True))
+        for name, buffer in self.pieces.knobs.items():
+            tensor = TorchTensor(buffer.detach().cpu(), name=name)
+            kind = ir.TensorType(tensor.dtype)
+            self.knobs[name] = ir.Value(name=name, shape=ir.Shape(()), type=kind, const_value=tensor)
+        decisions = self.block(self.plan.root, scope)
+        outputs = []
+        leaves: list[object] = list(self.plan.graph.output_node().args[0])  # type: ignore[arg-type]
+        for leaf, name in zip(leaves, signature.output_names, strict=True):
+            if isinstance(leaf, fx.Node):
+                outputs.append(self._output(scope, scope.values[leaf], name, spec(leaf)))
+            elif isinstance(leaf, Tensor | int | float | bool):
+                constant = torch.as_tensor(leaf)
+                value = scope.tensor(TorchTensor(constant))
+                outputs.append(self._output(scope, value, name, Spec(tuple(constant.shape), constant.dtype, None)))
+        for name, value in decisions.items():
+            outputs.append(self._output(scope, value, f"decisions.{name}", self._spec(name)))
+        exits = [name for name in self.dyn.exits if name in decisions]
+        if exits:
+            outputs.append(self._output(scope, _exit(scope, exits, decisions), "exit", Spec((1,), torch.int64, 0)))
+        graph = scope.finish("dyncompile", outputs, inputs)
+        for value in self.knobs.values():
+            if value.uses():
+                graph.register_initializer(value)
+        scope.place_constants()
+        return ir.Model(graph, ir_version=10, producer_name="dyncompile")
+
+    def _output(self, scope: Scope, value: ir.Value, name: str, found: Spec) -> ir.Value:
+        own = scope.op("Identity", value)
+        wanted = typed(found, name, symbol="batch")
+        own.name, own.type, own.shape = name, wanted.type, wanted.shape
+        return own  # type: ignore[no-any-return]
+
+    def _spec(self, key: Key) -> Spec:
+        return Spec((self.rows[key],), torch.int64, 0) if isinstance(key, str) else spec(key)
+
+    # --- blocks ------------------------------------------------------------------------------------------
+
+    def block(self, block: Block, scope: Scope) -> dict[str, ir.Value]:
+        """Write the steps of a block into a graph, where its values are then known.
+
+        Returns:
+            The decisions that were made in it, by name: `[R]` int64.
+        """
+        decisions: dict[str, ir.Value] = {}
+        for step in block.steps:
+            if isinstance(step, Conditional):
+                decisions |= self.conditional(step, scope)
+                continue
+            if any(stands_in(n) for n in step.nodes):
+                write_recurrent(step, self.dyn, scope)
+            else:
+                self.pieces.copy(step, scope, self.knobs)
+            for node in step.outputs:
+                if node in self.made:
+                    decisions[self.made[node]] = scope.op("Cast", scope.values[node], to=ir.DataType.INT64)
+        return decisions
+
+    # --- conditionals ------------------------------------------------------------------------------------
+
+    def conditional(self, step: Conditional, scope: Scope) -> dict[str, ir.Value]:
+        """Write what a decision controls, into a graph where the selects' values are then known.
+
+        Returns:
+            The decisions that were made inside, by name.
+        """
+        decision, rows = scope.values[step.unit.decision], step.unit.rows
+        results: dict[Key, ir.Value] = {}
+        bases = {s: next((v for i, v in enumerate(arms_of(s)) if not _inside(step, i, v)), None) for s in step.selects}
+        results.update((s, scope.values[v]) for s, v in bases.items() if v is not None)
+        for arm, block in enumerate(step.arms):
+            values = {s: arms_of(s)[arm] for s in step.selects}
+            outer = {s: v for s, v in values.items() if not _inside(step, arm, v) and v is not bases[s]}
+            if block is None and not outer:
+                continue
+            if step.unit.routed:
+                taken = scope.op("Equal", decision, scope.constant(arm))
+            else:
+                taken = decision if arm else scope.op("Not", decision)
+            index = indices(scope, taken)
+            for select, value in outer.items():
+                part = gathered(scope, scope.values[value], index, spec(value), rows)
+                before = self._before(scope, results, select, step)
+                results[select] = scattered(scope, before, index, part, spec(select), rows)
+            if block is not None:
+                self._arm(step, block, {s: v for s, v in values.items() if v in block.outputs}, taken, index,
+                          scope, results)  # fmt: skip
+        scope.values.update((key, value) for key, value in results.items() if isinstance(key, fx.Node))
+        return {key: value for key, value in results.items() if isinstance(key, str)}
+
+    def _before(self, scope: Scope, results: dict[Key, ir.Value], key: Key, step: Conditional) -> ir.Value:
+        """What the rows of an arm are written over."""
+        if key in results:
+            return results[key]
+        fill = _NOT_ASKED if isinstance(key, str) else 0
+        return filled(scope, scope.values[step.unit.decision], self._spec(key), step.unit.rows, fill)
+
+    def _arm(
+        self,
+        step: Conditional,
+        block: Block,
+        selects: dict[fx.Node, fx.Node],
+        taken: ir.Value,
+        index: ir.Value,
+        scope: Scope,
+        results: dict[Key, ir.Value],
+    ) -> None:
+        """Write an arm inside an `If`, and its values over those of the other rows."""
+        rows, whole = step.unit.rows, self.routing == "batch"
+        then, otherwise = Scope(scope), Scope(scope)
+        for node in block.inputs:
+            value = scope.values[node]
+            then.values[node] = value if whole else gathered(then, value, index, spec(node), rows)
+        made: dict[Key, ir.Value] = dict(self.block(block, then))
+        made.update((select, then.values[value]) for select, value in selects.items())
+        before = {key: self._before(scope, results, key, step) for key in made}
+        if whole:
+            others = indices(then, then.op("Not", taken))
+            for key, value in made.items():
+                part = gathered(then, before[key], others, self._spec(key), rows)
+                made[key] = scattered(then, value, others, part, self._spec(key), rows)
+            nothing = dict(before)
+        else:
+            nothing = {key: otherwise.nothing(self._spec(key)) for key in made}
+        graphs = [
+            inner.finish(name, [_own(inner, value) for value in values.values()])
+            for inner, name, values in ((then, block.name, made), (otherwise, f"{block.name}: nobody", nothing))
+        ]
+        some = scope.op("Greater", scope.op("Size", index), scope.constant(0))
+        found = scope.op("If", some, outputs=len(made), then_branch=graphs[0], else_branch=graphs[1])
+        for key, value in zip(made, [found] if len(made) == 1 else found, strict=True):
+            wanted = typed(self._spec(key), "")
+            value.type, value.shape = wanted.type, wanted.shape
+            over = value if whole else scattered(scope, before[key], index, value, self._spec(key), rows)
+            results[key] = over
+
+
+def made_decisions(plan: Plan) -> dict[fx.Node, str]:
+    """The decisions that segments of a plan make, with their names; conjunctions, which are no choice, left out."""
+    found = {u.decision: u.name for u in plan.demand.units if "all_of" not in u.decision.meta}
+    for segment in plan.segments():
+        names = {stands_in(node) for node in segment.nodes}
+        found.update(
+            {n: decision_name(n) for n in segment.inputs if "decision" in n.meta and decision_name(n) in names}
+        )
+    return found
+
+
+def typed(found: Spec, name: str, symbol: str | None = None) -> ir.Value:
+    """A value of a shape and dtype, its batch dim a symbol or unknown."""
+    dims: list[int | str | None] = list(found.shape)
+    if found.batch_dim is not None:
+        dims[found.batch_dim] = symbol if symbol is None or found.rows == 1 else f"{found.rows}*{symbol}"
+    return ir.Value(name=name, shape=ir.Shape(dims), type=ir.TensorType(from_torch_dtype(found.dtype)))
+
+
+def _own(scope: Scope, value: ir.Value) -> ir.Value:
+    """A value that a graph makes itself, as its outputs have to be."""
+    return value if scope.makes(value) else scope.op("Identity", value)
+
+
+def _exit(scope: Scope, exits: Sequence[str], decisions: dict[str, ir.Value]) -> ir.Value:
+    """Which exit each sample took; how many there are where it took none."""
+    index = scope.constant(len(exits))
+    for number, name in reversed(list(enumerate(exits))):
+        left = scope.op("Equal", decisions[name], scope.constant(1))
+        index = scope.op("Where", left, scope.constant(number), index)
+    return index
+
+
+def _inside(step: Conditional, arm: int, value: fx.Node) -> bool:
+    block = step.arms[arm]
+    return block is not None and value in block.outputs

@@ -1,0 +1,80 @@
+"""Rows of a batch in ONNX: find those that take an arm, gather them, write them back."""
+
+import onnx_ir as ir
+import torch
+
+from dyncompile.exporting.scope import Scope
+from dyncompile.graph import Spec
+
+
+def indices(scope: Scope, taken: ir.Value) -> ir.Value:
+    """`[k]`: where a mask `[R]` is true."""
+    found: ir.Value = scope.op("Reshape", scope.op("NonZero", taken), scope.constant([-1]))
+    return found
+
+
+def gathered(scope: Scope, value: ir.Value, index: ir.Value, found: Spec, rows: int) -> ir.Value:
+    """Some rows of a value.
+
+    Args:
+        scope: The graph that does it.
+        value: What `found` describes; without a batch dim it is the same for all.
+        index: `[k]` rows.
+        found: Its shape.
+        rows: How many rows a sample has; each may own several entries.
+    """
+    dim = found.batch_dim
+    if dim is None:
+        return value
+    if found.rows == rows:
+        return scope.op("Gather", value, index, axis=dim)  # type: ignore[no-any-return]
+    return _joined(scope, scope.op("Gather", _split(scope, value, found, rows), index, axis=dim), found)
+
+
+def scattered(scope: Scope, base: ir.Value, index: ir.Value, part: ir.Value, found: Spec, rows: int) -> ir.Value:
+    """A value with some of its rows replaced: the inverse of `gathered`.
+
+    Args:
+        scope: The graph that does it.
+        base: What is written over.
+        index: `[k]` rows.
+        part: Their values.
+        found: Shape of the base.
+        rows: How many rows a sample has.
+    """
+    dim = found.batch_dim or 0
+    whole = found.rows == rows
+    if not whole:
+        base, part = _split(scope, base, found, rows), _split(scope, part, found, rows)
+    rank = len(found.shape) + (not whole)
+    first = [dim, *(i for i in range(rank) if i != dim)]
+    if dim:
+        base, part = (scope.op("Transpose", v, perm=first) for v in (base, part))
+    result = scope.op("ScatterND", base, scope.op("Unsqueeze", index, scope.constant([-1])), part)
+    if dim:
+        result = scope.op("Transpose", result, perm=[first.index(i) for i in range(rank)])
+    return result if whole else _joined(scope, result, found)  # type: ignore[no-any-return]
+
+
+def filled(scope: Scope, decision: ir.Value, found: Spec, rows: int, fill: int) -> ir.Value:
+    """A value of one number, with as many rows as a decision has."""
+    dim = found.batch_dim or 0
+    count = scope.op("Mul", scope.op("Shape", decision), scope.constant([found.rows // rows]))
+    sizes = [scope.constant(part) if isinstance(part, list) else part
+             for part in (list(found.shape[:dim]), count, list(found.shape[dim + 1 :])) if part != []]  # fmt: skip
+    shape = scope.op("Concat", *sizes, axis=0)
+    value = ir.tensor(torch.full((1,), fill, dtype=found.dtype).numpy())
+    return scope.op("ConstantOfShape", shape, value=value)  # type: ignore[no-any-return]
+
+
+def _split(scope: Scope, value: ir.Value, found: Spec, rows: int) -> ir.Value:
+    """The entries of a row in a dim of their own, behind that of the rows."""
+    dim = found.batch_dim or 0
+    sizes = [*found.shape[:dim], -1, found.rows // rows, *found.shape[dim + 1 :]]
+    return scope.op("Reshape", value, scope.constant(sizes))  # type: ignore[no-any-return]
+
+
+def _joined(scope: Scope, value: ir.Value, found: Spec) -> ir.Value:
+    dim = found.batch_dim or 0
+    sizes = [*found.shape[:dim], -1, *found.shape[dim + 1 :]]
+    return scope.op("Reshape", value, scope.constant(sizes))  # type: ignore[no-any-return]

@@ -11,10 +11,12 @@ from torch import Tensor, fx, nn
 
 from dyncompile.demand import stands_in
 from dyncompile.errors import ExportError
+from dyncompile.exporting.recurrent import SequenceLayer
 from dyncompile.exporting.scope import Scope
 from dyncompile.graph import spec
 from dyncompile.lowering.plan import Plan, Segment, segment_module
 from dyncompile.module import DynamicModule
+from dyncompile.nn.recurrent import CompactedLayer
 from dyncompile.ops import SELECT, SWITCH, mix, mix_many
 
 OPSET = 20
@@ -36,9 +38,9 @@ class Pieces:
     """
 
     def __init__(self, plan: Plan, dyn: DynamicModule, examples: Mapping[fx.Node, Tensor]) -> None:
-        segments = [s for s in plan.segments() if not any(stands_in(n) for n in s.nodes)]
+        segments = list(plan.segments())
         self.knobs = knobs(dyn)
-        modules = [dense(segment_module(segment, dyn)) for segment in segments]
+        modules = [exportable(segment_module(segment, dyn)) for segment in segments]
         graph = _exported(modules, segments, self.knobs, examples)
         inputs, outputs = iter(graph.inputs), iter(graph.outputs)
         self.inputs = {s: [next(inputs) for _ in s.inputs] for s in segments}
@@ -80,11 +82,15 @@ def knobs(dyn: DynamicModule) -> dict[str, Tensor]:
     return {n: b for n, b in buffers if n.split(".")[0] in ("exits", "gates") and n.rpartition(".")[2] in KNOBS}
 
 
-def dense(module: fx.GraphModule) -> fx.GraphModule:
-    """Replace the selects that a segment runs densely by what they compute."""
+def exportable(module: fx.GraphModule) -> fx.GraphModule:
+    """A segment without what only dyncompile runs: selects of dense decisions, layers that skip steps."""
     for node in module.graph.nodes:
         if node.target in (SELECT, SWITCH):
             node.target = mix if node.target is SELECT else mix_many
+        elif stands_in(node):
+            layer = module.get_submodule(str(node.target))
+            if isinstance(layer, CompactedLayer):
+                module.set_submodule(str(node.target), SequenceLayer(layer.layer))
     module.recompile()
     return module.eval()
 

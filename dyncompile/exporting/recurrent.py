@@ -1,10 +1,113 @@
-"""Recurrent layers that skip steps."""
+"""Recurrent layers that skip steps, in the form that ONNX runs: the steps that a sample keeps move together."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from dyncompile.errors import ExportError
-from dyncompile.exporting.scope import Scope
-from dyncompile.lowering.plan import Segment
-from dyncompile.module import DynamicModule
+from dyncompile.nn.recurrent import SkippingLayer, State
+
+_ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2)}
+"""torch's gates, in the order of ONNX."""
 
 
-def write_recurrent(step: Segment, dyn: DynamicModule, scope: Scope) -> None:
-    raise ExportError("no")
+class SequenceLayer(nn.Module):
+    """`SkippingLayer` in evaluation, by ONNX's own operator with the length that each sample keeps.
+
+    Args:
+        layer: Whose form and results it has.
+
+    Raises:
+        ExportError: An LSTM with projections, which ONNX does not have.
+    """
+
+    def __init__(self, layer: SkippingLayer) -> None:
+        super().__init__()
+        form = layer.form
+        if form.output_size != form.hidden_size:
+            raise ExportError(
+                "an LSTM with projections cannot skip steps in ONNX, whose LSTM has none: use proj_size=0, "
+                "or disable its frame_skip gate"
+            )
+        self.layer = layer
+        self.mode = "RNN" if form.mode.startswith("RNN") else form.mode
+
+    def forward(
+        self,
+        static: None,  # noqa: ARG002 - the place that it has in the dense form
+        decision: Tensor,
+        x: Tensor,
+        state: Tensor | State | None,
+        *weights: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Run over a sequence; arguments and results as in `SkippingLayer.forward`, the decisions bool."""
+        layer = self.layer
+        given = layer.initial(x, state)
+        sequence = layer.rows(x)
+        kept = decision.view(-1, sequence.shape[1])
+        outputs, finals = [], []
+        for i, own in enumerate(layer.directions(weights)):
+            start = tuple(s[i] for s in given)
+            if i:
+                out, final = self._run(sequence.flip(1), kept.flip(1), start, own)
+                out = out.flip(1)
+            else:
+                out, final = self._run(sequence, kept, start, own)
+            outputs.append(out)
+            finals.append(final)
+        joined, *states = layer.join(outputs, finals)
+        return (joined if layer.batch_first else joined.transpose(0, 1), *states)
+
+    def _run(self, x: Tensor, kept: Tensor, state: State, weights: tuple[Tensor, ...]) -> tuple[Tensor, State]:
+        """One direction of `[N, T, D]`: outputs `[N, T, H]` and final states `[N, H]`."""
+        batch, length = kept.shape
+        done = kept.long().cumsum(1)
+        count = done[:, -1]
+        sample = torch.arange(batch, device=x.device)
+        steps = torch.arange(length, device=x.device).expand(batch, -1)
+        # The k-th kept step of a sample; skipped ones all go to a place behind, which nobody reads.
+        place = torch.where(kept, done - 1, length)
+        source = torch.zeros_like(torch.cat((steps, steps[:, :1]), 1)).scatter(1, place, steps)[:, :length]
+        rows = (sample.unsqueeze(1) * length + source).t().reshape(-1)
+        compact = x.reshape(-1, x.shape[-1]).index_select(0, rows).reshape(length, batch, -1)
+        out, after = self._operator(compact, count, state, weights)
+        flat = torch.cat((state[0].unsqueeze(0), out)).reshape(-1, out.shape[-1])
+        spread = flat.index_select(0, (done * batch + sample.unsqueeze(1)).reshape(-1)).reshape(batch, length, -1)
+        # ONNX says nothing of the states of a sequence of no steps.
+        none = (count == 0).unsqueeze(1)
+        finals = tuple(torch.where(none, old, new) for old, new in zip(state, after, strict=True))
+        return spread, finals
+
+    def _operator(
+        self, compact: Tensor, count: Tensor, state: State, weights: tuple[Tensor, ...]
+    ) -> tuple[Tensor, State]:
+        form = self.layer.form
+        hidden = form.hidden_size
+        attributes: dict[str, Any] = {"hidden_size": hidden}
+        if self.mode == "GRU":
+            attributes["linear_before_reset"] = 1
+        elif self.mode == "RNN":
+            attributes["activations"] = ["Tanh" if form.mode == "RNN_TANH" else "Relu"]
+        first, second, *biases = (self._ordered(w) for w in weights)
+        bias = torch.cat(biases).unsqueeze(0) if biases else None
+        inputs = [
+            compact,
+            first.unsqueeze(0),
+            second.unsqueeze(0),
+            bias,
+            count.int(),
+            *(s.unsqueeze(0) for s in state),
+        ]
+        length, batch = compact.shape[:2]
+        shapes = [(length, 1, batch, hidden), *((1, batch, hidden) for _ in state)]
+        out, *after = torch.onnx.ops.symbolic_multi_out(
+            self.mode, inputs, attributes, dtypes=[compact.dtype] * len(shapes), shapes=shapes
+        )
+        # `Y` holds zeros where a sequence has ended; its last step is what `Y_h` holds.
+        return out.squeeze(1), tuple(s.squeeze(0) for s in after)
+
+    def _ordered(self, weight: Tensor) -> Tensor:
+        order = _ORDER.get(self.mode, (0,))
+        parts = weight.chunk(len(order))
+        return torch.cat([parts[i] for i in order])

@@ -10,7 +10,6 @@ from torch import Tensor, fx
 
 from dyncompile.demand import decision_name, stands_in
 from dyncompile.exporting.pieces import Pieces
-from dyncompile.exporting.recurrent import write_recurrent
 from dyncompile.exporting.rows import filled, gathered, indices, scattered
 from dyncompile.exporting.scope import Scope
 from dyncompile.graph import Spec, spec
@@ -107,10 +106,7 @@ class Writer:
             if isinstance(step, Conditional):
                 decisions |= self.conditional(step, scope)
                 continue
-            if any(stands_in(n) for n in step.nodes):
-                write_recurrent(step, self.dyn, scope)
-            else:
-                self.pieces.copy(step, scope, self.knobs)
+            self.pieces.copy(step, scope, self.knobs)
             for node in step.outputs:
                 if node in self.made:
                     decisions[self.made[node]] = scope.op("Cast", scope.values[node], to=ir.DataType.INT64)

@@ -1,6 +1,7 @@
 """Segments of a plan as pieces of ONNX graphs, all exported by torch in one go."""
 
 import contextlib
+import dataclasses
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,18 +12,38 @@ from torch import Tensor, fx, nn
 
 from dyncompile.demand import stands_in
 from dyncompile.errors import ExportError
-from dyncompile.exporting.recurrent import SequenceLayer
+from dyncompile.exporting.recurrent import Agent, Cell, Start, SequenceLayer
 from dyncompile.exporting.scope import Scope
-from dyncompile.graph import spec
+from dyncompile.graph import attribute, spec
 from dyncompile.lowering.plan import Plan, Segment, segment_module
 from dyncompile.module import DynamicModule
-from dyncompile.nn.recurrent import CompactedLayer
+from dyncompile.nn.recurrent import CompactedLayer, DroppingLayer
 from dyncompile.ops import SELECT, SWITCH, mix, mix_many
 
 OPSET = 20
 
+Key = tuple[Segment, str]
+"""A segment, and which part of it."""
+
 KNOBS = ("threshold", "temperature", "bias", "enabled")
 """Buffers of exits and gates that stay changeable in an exported file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Something to export.
+
+    Attributes:
+        module: Returns a tuple.
+        inputs: An example of each of its inputs.
+        dims: Their batch dims.
+        outputs: How many it returns.
+    """
+
+    module: nn.Module
+    inputs: list[Tensor]
+    dims: list[int | None]
+    outputs: int
 
 
 class Pieces:
@@ -38,31 +59,44 @@ class Pieces:
     """
 
     def __init__(self, plan: Plan, dyn: DynamicModule, examples: Mapping[fx.Node, Tensor]) -> None:
-        segments = list(plan.segments())
         self.knobs = knobs(dyn)
-        modules = [exportable(segment_module(segment, dyn)) for segment in segments]
-        graph = _exported(modules, segments, self.knobs, examples)
+        parts: dict[Key, Part] = {}
+        for segment in plan.segments():
+            module = exportable(segment_module(segment, dyn))
+            given = Part(
+                module,
+                [examples[n] for n in segment.inputs],
+                [spec(n).batch_dim for n in segment.inputs],
+                len(segment.outputs),
+            )
+            agent = state_agent(module)
+            parts.update(agent_parts(segment, given, agent) if agent else {(segment, ""): given})
+        graph = _exported(parts, self.knobs)
         inputs, outputs = iter(graph.inputs), iter(graph.outputs)
-        self.inputs = {s: [next(inputs) for _ in s.inputs] for s in segments}
+        self.inputs = {key: [next(inputs) for _ in part.inputs] for key, part in parts.items()}
         self.knob_inputs = dict(zip(self.knobs, inputs, strict=True))
-        self.outputs = {s: [next(outputs) for _ in s.outputs] for s in segments}
+        self.outputs = {key: [next(outputs) for _ in range(part.outputs)] for key, part in parts.items()}
         self.order = {node: i for i, node in enumerate(graph)}
 
-    def copy(self, segment: Segment, scope: Scope, knobs: Mapping[str, ir.Value]) -> None:
-        """Add the nodes of a segment to a graph, and note the values of its outputs there.
+    def copy(
+        self, key: Key, scope: Scope, inputs: Sequence[ir.Value], knobs: Mapping[str, ir.Value]
+    ) -> list[ir.Value]:
+        """Add the nodes of a segment to a graph.
 
         Args:
-            segment: Which.
+            key: Which segment, and which part of it: "" for all.
             scope: Where to.
+            inputs: Of the segment.
             knobs: The value of each knob in the model.
+
+        Returns:
+            The values of its outputs.
         """
-        inputs = [scope.values[n] for n in segment.inputs]
-        made: dict[ir.Value, ir.Value] = dict(zip(self.inputs[segment], inputs, strict=True))
+        made: dict[ir.Value, ir.Value] = dict(zip(self.inputs[key], inputs, strict=True))
         made.update((self.knob_inputs[name], value) for name, value in knobs.items())
-        for node in self._needed(self.outputs[segment]):
+        for node in self._needed(self.outputs[key]):
             copied(node, made, scope)
-        for node, value in zip(segment.outputs, self.outputs[segment], strict=True):
-            scope.values[node] = made.get(value) or _constant(value, scope)
+        return [made.get(value) or _constant(value, scope) for value in self.outputs[key]]
 
     def _needed(self, outputs: Sequence[ir.Value]) -> list[ir.Node]:
         found: set[ir.Node] = set()
@@ -96,39 +130,34 @@ def exportable(module: fx.GraphModule) -> fx.GraphModule:
 
 
 class _All(nn.Module):
-    """Runs every segment on inputs of its own."""
+    """Runs every part on inputs of its own."""
 
-    def __init__(self, modules: Sequence[nn.Module], counts: Sequence[int], knobs: Sequence[str]) -> None:
+    def __init__(self, parts: Sequence[Part], knobs: Sequence[str]) -> None:
         super().__init__()
-        self.segments = nn.ModuleList(modules)
-        self.counts = counts
+        self.segments = nn.ModuleList(part.module for part in parts)
+        self.counts = [len(part.inputs) for part in parts]
         self.knobs = knobs
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         inputs = iter(tensors)
-        given = [[next(inputs) for _ in range(count)] for count in self.counts]
+        given = [tuple(next(inputs) for _ in range(count)) for count in self.counts]
         knobs = dict(zip(self.knobs, inputs, strict=True))
-        results: list[Tensor] = []
+        found: list[Tensor] = []
         for module, arguments in zip(self.segments, given, strict=True):
-            own = {name for name, _ in module.named_buffers()}
-            results += torch.func.functional_call(module, {k: v for k, v in knobs.items() if k in own}, tuple(arguments))
-        return tuple(results)
+            own = {name: knobs[name] for name, _ in module.named_buffers() if name in knobs}
+            found += torch.func.functional_call(module, own, arguments)
+        return tuple(found)
 
 
-def _exported(
-    modules: Sequence[nn.Module],
-    segments: Sequence[Segment],
-    knobs: Mapping[str, Tensor],
-    examples: Mapping[fx.Node, Tensor],
-) -> ir.Graph:
-    nodes = [node for segment in segments for node in segment.inputs]
+def _exported(parts: Mapping[Key, Part], knobs: Mapping[str, Tensor]) -> ir.Graph:
+    """All parts as one graph, in which they have nothing in common but constants and knobs."""
     # Of one tensor given twice export makes one input.
-    arguments = [*(examples[n].detach() for n in nodes), *knobs.values()]
-    dims = [spec(n).batch_dim for n in nodes]
+    arguments = [*(t.detach() for part in parts.values() for t in part.inputs), *knobs.values()]
+    dims = [dim for part in parts.values() for dim in part.dims]
     shapes = [None if dim is None else {dim: torch.export.Dim.DYNAMIC} for dim in dims]
-    whole = _All(modules, [len(s.inputs) for s in segments], list(knobs)).eval()
+    whole = _All(list(parts.values()), list(knobs)).eval()
     try:
-        # Two segments that are traced at one batch size are still two batches.
+        # Two parts that are traced at one batch size are still two batches.
         with quiet(), torch.no_grad(), torch.fx.experimental._config.patch(use_duck_shape=False):
             program = torch.export.export(
                 whole, tuple(arguments), dynamic_shapes=((*shapes, *(None for _ in knobs)),), strict=False
@@ -139,6 +168,34 @@ def _exported(
     assert found is not None
     graph: ir.Graph = found.model.graph
     return graph
+
+
+def state_agent(module: fx.GraphModule) -> DroppingLayer | None:
+    """The layer of a segment whose agent reads the state before each step, if it is such a segment."""
+    layers = [m for m in module.modules() if isinstance(m, DroppingLayer)]
+    return layers[0] if layers and any(stands_in(n) for n in module.graph.nodes) else None
+
+
+def agent_parts(segment: Segment, whole: Part, dropping: DroppingLayer) -> dict[Key, Part]:
+    """What a loop over the steps of a sequence is made of: what goes into it, the agent, and the cell."""
+    module = whole.module
+    assert isinstance(module, fx.GraphModule)
+    call = next(node for node in module.graph.nodes if stands_in(node))
+    path = str(call.target)
+    weights = [attribute(module, str(node.target)) for node in call.args[3:]]
+    module.set_submodule(path, Start(dropping.gate.layer))
+    module.graph.output_node().args = (call,)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    with torch.no_grad():
+        sequence, *state = module(*whole.inputs)
+    return {
+        (segment, "start"): dataclasses.replace(whole, outputs=1 + len(state)),
+        (segment, "agent"): Part(Agent(dropping.gate, path), [sequence[0], state[0]], [0, 0], 1),
+        (segment, "cell"): Part(
+            Cell(dropping.gate.layer, weights), [sequence[0], *state], [0] * (1 + len(state)), len(state)
+        ),
+    }
 
 
 @contextlib.contextmanager

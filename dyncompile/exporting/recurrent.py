@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from dyncompile.errors import ExportError
-from dyncompile.nn.recurrent import SkippingLayer, State
+from dyncompile.nn.gates import Gate
+from dyncompile.nn.recurrent import SkippingLayer, State, StepGate
 
 _ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2)}
 """torch's gates, in the order of ONNX."""
@@ -111,3 +112,66 @@ class SequenceLayer(nn.Module):
         order = _ORDER.get(self.mode, (0,))
         parts = weight.chunk(len(order))
         return torch.cat([parts[i] for i in order])
+
+
+class Start(nn.Module):
+    """What goes into a loop over the steps of a sequence; called as `StepGate` is.
+
+    Args:
+        layer: Whose sequence and states.
+    """
+
+    def __init__(self, layer: SkippingLayer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(
+        self,
+        static: None,  # noqa: ARG002 - the place that it has in the dense form
+        x: Tensor,
+        state: Tensor | State | None,
+        *weights: Tensor,  # noqa: ARG002 - the cell has them
+    ) -> tuple[Tensor, ...]:
+        """The sequence `[T, N, D]`, then the states `[N, ...]` before the first step."""
+        sequence = self.layer.rows(x).transpose(0, 1)
+        return sequence, *(s[0] for s in self.layer.initial(x, state))
+
+
+class Agent(nn.Module):
+    """The decisions of a gate about one step.
+
+    Args:
+        gate: Reads the step and the state.
+        path: The gate's name in the model.
+    """
+
+    def __init__(self, gate: StepGate, path: str) -> None:
+        super().__init__()
+        self.path = path
+        owner, name = path.split(".")
+        self.add_module(owner, nn.ModuleDict({name: gate}))
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor]:
+        """From a step `[N, D]` and the output before it `[N, H]` to `[N]`."""
+        gate = self.get_submodule(self.path)
+        assert isinstance(gate, StepGate)
+        return (Gate.forward(gate, torch.cat((x, h), -1))[0],)
+
+
+class Cell(nn.Module):
+    """One step of a layer, with its weights.
+
+    Args:
+        layer: Whose step.
+        weights: In torch's order.
+    """
+
+    def __init__(self, layer: SkippingLayer, weights: list[Tensor]) -> None:
+        super().__init__()
+        self.cell = layer.cell
+        self.weights = nn.ParameterList(weights)
+
+    def forward(self, x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        """From a step `[N, D]` and states `[N, ...]` to states."""
+        weights = tuple(self.weights)
+        return self.cell(self.cell.project(x, weights), state, weights)  # type: ignore[no-any-return]

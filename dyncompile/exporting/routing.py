@@ -5,12 +5,13 @@ from typing import Literal
 
 import onnx_ir as ir
 import torch
-from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
+from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor, fx
 
 from dyncompile.demand import decision_name, stands_in
+from dyncompile.exporting.loops import write_loop
 from dyncompile.exporting.pieces import Pieces
-from dyncompile.exporting.rows import filled, gathered, indices, scattered
+from dyncompile.exporting.rows import annotate, filled, gathered, indices, scattered, when
 from dyncompile.exporting.scope import Scope
 from dyncompile.graph import Spec, spec
 from dyncompile.lowering.plan import Block, Conditional, Plan, Segment
@@ -56,7 +57,7 @@ class Writer:
         scope = Scope()
         signature = self.dyn.graph.signature
         placeholders = [n for n in self.plan.graph.nodes if n.op == "placeholder"]
-        inputs = [typed(spec(n), name, symbol="batch") for n, name in zip(placeholders, signature.names, strict=True)]
+        inputs = [annotate(ir.Value(name=name), spec(n), symbol="batch") for n, name in zip(placeholders, signature.names, strict=True)]
         scope.values.update(zip(placeholders, inputs, strict=True))
         for name, buffer in self.pieces.knobs.items():
             tensor = TorchTensor(buffer.detach().cpu(), name=name)
@@ -85,10 +86,9 @@ class Writer:
         return ir.Model(graph, ir_version=10, producer_name="dyncompile")
 
     def _output(self, scope: Scope, value: ir.Value, name: str, found: Spec) -> ir.Value:
-        own = scope.op("Identity", value)
-        wanted = typed(found, name, symbol="batch")
-        own.name, own.type, own.shape = name, wanted.type, wanted.shape
-        return own  # type: ignore[no-any-return]
+        own = annotate(scope.op("Identity", value), found, symbol="batch")
+        own.name = name
+        return own
 
     def _spec(self, key: Key) -> Spec:
         return Spec((self.rows[key],), torch.int64, 0) if isinstance(key, str) else spec(key)
@@ -106,11 +106,19 @@ class Writer:
             if isinstance(step, Conditional):
                 decisions |= self.conditional(step, scope)
                 continue
-            self.pieces.copy(step, scope, self.knobs)
+            self.segment(step, scope)
             for node in step.outputs:
                 if node in self.made:
                     decisions[self.made[node]] = scope.op("Cast", scope.values[node], to=ir.DataType.INT64)
         return decisions
+
+    def segment(self, step: Segment, scope: Scope) -> None:
+        """Write the operations of a segment into a graph, where the values of its outputs are then known."""
+        if (step, "agent") in self.pieces.inputs:
+            values = write_loop(self.pieces, step, scope, self.knobs, self.dyn)
+        else:
+            values = self.pieces.copy((step, ""), scope, [scope.values[n] for n in step.inputs], self.knobs)
+        scope.values.update(zip(step.outputs, values, strict=True))
 
     # --- conditionals ------------------------------------------------------------------------------------
 
@@ -178,15 +186,11 @@ class Writer:
             nothing = dict(before)
         else:
             nothing = {key: otherwise.nothing(self._spec(key)) for key in made}
-        graphs = [
-            inner.finish(name, [_own(inner, value) for value in values.values()])
-            for inner, name, values in ((then, block.name, made), (otherwise, f"{block.name}: nobody", nothing))
-        ]
-        some = scope.op("Greater", scope.op("Size", index), scope.constant(0))
-        found = scope.op("If", some, outputs=len(made), then_branch=graphs[0], else_branch=graphs[1])
-        for key, value in zip(made, [found] if len(made) == 1 else found, strict=True):
-            wanted = typed(self._spec(key), "")
-            value.type, value.shape = wanted.type, wanted.shape
+        values = when(
+            scope, index, (then, list(made.values())), (otherwise, list(nothing.values())),
+            [self._spec(key) for key in made], block.name,
+        )  # fmt: skip
+        for key, value in zip(made, values, strict=True):
             over = value if whole else scattered(scope, before[key], index, value, self._spec(key), rows)
             results[key] = over
 
@@ -200,19 +204,6 @@ def made_decisions(plan: Plan) -> dict[fx.Node, str]:
             {n: decision_name(n) for n in segment.inputs if "decision" in n.meta and decision_name(n) in names}
         )
     return found
-
-
-def typed(found: Spec, name: str, symbol: str | None = None) -> ir.Value:
-    """A value of a shape and dtype, its batch dim a symbol or unknown."""
-    dims: list[int | str | None] = list(found.shape)
-    if found.batch_dim is not None:
-        dims[found.batch_dim] = symbol if symbol is None or found.rows == 1 else f"{found.rows}*{symbol}"
-    return ir.Value(name=name, shape=ir.Shape(dims), type=ir.TensorType(from_torch_dtype(found.dtype)))
-
-
-def _own(scope: Scope, value: ir.Value) -> ir.Value:
-    """A value that a graph makes itself, as its outputs have to be."""
-    return value if scope.makes(value) else scope.op("Identity", value)
 
 
 def _exit(scope: Scope, exits: Sequence[str], decisions: dict[str, ir.Value]) -> ir.Value:

@@ -1,7 +1,10 @@
 """Rows of a batch in ONNX: find those that take an arm, gather them, write them back."""
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 import torch
+from onnx_ir.tensor_adapters import from_torch_dtype
 
 from dyncompile.exporting.scope import Scope
 from dyncompile.graph import Spec
@@ -65,6 +68,44 @@ def filled(scope: Scope, decision: ir.Value, found: Spec, rows: int, fill: int) 
     shape = scope.op("Concat", *sizes, axis=0)
     value = ir.tensor(torch.full((1,), fill, dtype=found.dtype).numpy())
     return scope.op("ConstantOfShape", shape, value=value)  # type: ignore[no-any-return]
+
+
+def when(
+    scope: Scope, index: ir.Value, then: tuple[Scope, list[ir.Value]], otherwise: tuple[Scope, list[ir.Value]],
+    specs: Sequence[Spec], name: str,
+) -> list[ir.Value]:  # fmt: skip
+    """An `If` there are rows.
+
+    Args:
+        scope: The graph that it stands in.
+        index: `[k]` rows.
+        then: The graph that runs where k > 0, and what it gives.
+        otherwise: The graph that runs else, and what it gives.
+        specs: What is given.
+        name: Of what is run.
+
+    Returns:
+        The values.
+    """
+    graphs = [
+        inner.finish(title, [inner.own(value) for value in values])
+        for (inner, values), title in ((then, name), (otherwise, f"{name}: no row"))
+    ]
+    some = scope.op("Greater", scope.op("Size", index), scope.constant(0))
+    found = scope.op("If", some, outputs=len(specs), then_branch=graphs[0], else_branch=graphs[1])
+    values = [found] if len(specs) == 1 else list(found)
+    for value, known in zip(values, specs, strict=True):
+        annotate(value, known)
+    return values
+
+
+def annotate(value: ir.Value, found: Spec, symbol: str | None = None) -> ir.Value:
+    """Note the dtype and shape of a value, its batch dim a symbol or unknown."""
+    dims: list[int | str | None] = list(found.shape)
+    if found.batch_dim is not None:
+        dims[found.batch_dim] = symbol if symbol is None or found.rows == 1 else f"{found.rows}*{symbol}"
+    value.type, value.shape = ir.TensorType(from_torch_dtype(found.dtype)), ir.Shape(dims)
+    return value
 
 
 def _split(scope: Scope, value: ir.Value, found: Spec, rows: int) -> ir.Value:

@@ -85,9 +85,9 @@ class Scope:
         shape = [0 if i == found.batch_dim else size for i, size in enumerate(found.shape)]
         return self.tensor(TorchTensor(torch.empty(shape, dtype=found.dtype)))
 
-    def makes(self, value: ir.Value) -> bool:
-        """Whether a value is the output of a node of this graph."""
-        return value.producer() in self.nodes
+    def own(self, value: ir.Value) -> ir.Value:
+        """A value that this graph makes itself, as its outputs have to be."""
+        return value if value.producer() in self.nodes else self.op("Identity", value)
 
     def finish(self, name: str, outputs: Sequence[ir.Value], inputs: Sequence[ir.Value] = ()) -> ir.Graph:
         """The graph, with its constants still to be placed."""

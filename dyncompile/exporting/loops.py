@@ -1,6 +1,7 @@
 """A recurrent layer whose agent reads the state, as a `Loop` in which the cell runs on the rows that take a step."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -10,7 +11,7 @@ from dyncompile.demand import stands_in
 from dyncompile.exporting.pieces import Pieces
 from dyncompile.exporting.rows import annotate, gathered, indices, scattered, when
 from dyncompile.exporting.scope import Scope
-from dyncompile.graph import Spec
+from dyncompile.graph import Spec, spec
 from dyncompile.lowering.plan import Segment
 from dyncompile.module import DynamicModule
 from dyncompile.nn.recurrent import StepGate
@@ -18,7 +19,7 @@ from dyncompile.nn.recurrent import StepGate
 
 def write_loop(
     pieces: Pieces, step: Segment, scope: Scope, knobs: Mapping[str, ir.Value], dyn: DynamicModule
-) -> list[ir.Value]:
+) -> tuple[list[ir.Value], ir.Value]:
     """Write the loop over a sequence.
 
     Args:
@@ -29,7 +30,7 @@ def write_loop(
         dyn: Owns the layer.
 
     Returns:
-        The values of the segment's outputs.
+        The values of the segment's outputs, and the decisions, `[N * T]` bool.
     """
     call = next(node for node in step.nodes if stands_in(node))
     gate = dyn.get_submodule(str(call.target))
@@ -66,7 +67,14 @@ def write_loop(
         out = scope.op("Transpose", out, perm=[1, 0, 2])
     flat = scope.op("Reshape", scope.op("Transpose", decisions, perm=[1, 0]), scope.constant([-1]))
     found = [out, *(scope.op("Unsqueeze", s, scope.constant([0])) for s in finals), flat]
-    return [found[_index(node)] for node in step.outputs]
+    return [found[_index(node)] for node in step.outputs], flat
+
+
+def steps(call: fx.Node) -> int:
+    """The length of the sequences that a recurrent layer with an agent reads."""
+    x: Any = call.args[1]
+    found = spec(x)
+    return found.shape[1 if found.batch_dim == 0 else 0]
 
 
 def _index(node: fx.Node) -> int:

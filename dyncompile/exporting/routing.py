@@ -9,7 +9,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor, fx
 
 from dyncompile.demand import decision_name, stands_in
-from dyncompile.exporting.loops import write_loop
+from dyncompile.exporting.loops import steps, write_loop
 from dyncompile.exporting.pieces import Pieces
 from dyncompile.exporting.rows import annotate, filled, gathered, indices, scattered, when
 from dyncompile.exporting.scope import Scope
@@ -51,6 +51,9 @@ class Writer:
         self.knobs: dict[str, ir.Value] = {}
         self.made = made_decisions(plan) if decisions else {}
         self.rows = {name: spec(node).rows for node, name in self.made.items()}
+        if decisions:
+            calls = (n for s, part in pieces.inputs if part == "agent" for n in s.nodes if stands_in(n))
+            self.rows.update((stands_in(call), steps(call)) for call in calls)
 
     def model(self) -> ir.Model:
         """The model, its tensors still in memory."""
@@ -106,19 +109,24 @@ class Writer:
             if isinstance(step, Conditional):
                 decisions |= self.conditional(step, scope)
                 continue
-            self.segment(step, scope)
-            for node in step.outputs:
-                if node in self.made:
-                    decisions[self.made[node]] = scope.op("Cast", scope.values[node], to=ir.DataType.INT64)
+            for name, value in self.segment(step, scope).items():
+                decisions[name] = scope.op("Cast", value, to=ir.DataType.INT64)
         return decisions
 
-    def segment(self, step: Segment, scope: Scope) -> None:
-        """Write the operations of a segment into a graph, where the values of its outputs are then known."""
+    def segment(self, step: Segment, scope: Scope) -> dict[str, ir.Value]:
+        """Write the operations of a segment into a graph, where the values of its outputs are then known.
+
+        Returns:
+            The decisions that it makes, by name.
+        """
+        inside: dict[str, ir.Value] = {}
         if (step, "agent") in self.pieces.inputs:
-            values = write_loop(self.pieces, step, scope, self.knobs, self.dyn)
+            values, decision = write_loop(self.pieces, step, scope, self.knobs, self.dyn)
+            inside = {name: decision for n in step.nodes if (name := stands_in(n)) in self.rows}
         else:
             values = self.pieces.copy((step, ""), scope, [scope.values[n] for n in step.inputs], self.knobs)
         scope.values.update(zip(step.outputs, values, strict=True))
+        return inside | {self.made[n]: scope.values[n] for n in step.outputs if n in self.made}
 
     # --- conditionals ------------------------------------------------------------------------------------
 

@@ -1,0 +1,96 @@
+"""A file exported to ONNX decides and computes what the dynamic model does, and skips what the model skips."""
+
+import functools
+import itertools
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from profiling import flops, profiled
+from test_passes import MODELS, REFUSED, enable
+
+import dyncompile as dc
+from dyncompile.exporting import checking
+from dyncompile.passes import available
+from dyncompile.testing import forced
+
+CHAINS = [
+    ("images", "channel_gate-layer_skip-early_exit"),
+    ("images", "early_exit-block_policy"),
+    ("text", "neuron_gate-layer_skip-early_exit"),
+    ("steps", "early_exit-frame_skip"),
+]
+CASES = [(kind, s) for s, kind in itertools.product(available(), MODELS) if (s, kind) not in REFUSED] + CHAINS
+BATCHES = (1, 2, 7, 33)
+
+
+def example(kind, batch):
+    return MODELS[kind][1](batch)
+
+
+@functools.cache
+def converted(kind, chain):
+    """A dynamic model each of whose decisions says yes to about half of the samples."""
+    torch.manual_seed(0)
+    make, inputs = MODELS[kind]
+    dyn = enable(dc.dynamize(make(), chain.split("-"), example_inputs=inputs(2)))
+    settle(dyn, inputs(64))
+    return dyn
+
+
+@torch.no_grad()
+def settle(dyn, inputs):
+    """Set every knob to the middle of what the model's decisions are made by."""
+    trace = dyn.trace(*inputs)
+    for name, confidence in trace.confidence.items():
+        dyn.exits[name].threshold.copy_(confidence.median())
+    for name, probability in trace.probabilities.items():
+        if not dyn.gates[name].routes:
+            dyn.gates[name].bias.copy_(-torch.logit(probability.float()).median())
+
+
+def fed(dyn, inputs):
+    return {n: t.numpy() for n, t in zip(dyn.graph.signature.names, inputs, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+
+    @functools.cache
+    def export(kind, chain, routing):
+        dyn = converted(kind, chain)
+        return dyn, dc.export(dyn, folder / f"{kind}-{chain}-{routing}.onnx", routing=routing, decisions=True)
+
+    return export
+
+
+@pytest.mark.parametrize("routing", ["sample", "batch"])
+@pytest.mark.parametrize(("kind", "chain"), CASES)
+def test_the_file_decides_and_computes_what_the_model_does(exported, kind, chain, routing):
+    dyn, path = exported(kind, chain, routing)
+    run = checking.running(checking.session(path))
+    for batch in BATCHES:
+        inputs = example(kind, batch)
+        found = run(fed(dyn, inputs))
+        assert not checking.differences(found, dyn, inputs)
+        trace = dyn.trace(*inputs)
+        shown = {name.removeprefix("decisions.") for name in found if name.startswith("decisions.")}
+        assert shown == set(trace.decisions)
+        if dyn.exits:
+            taken = torch.stack([trace.decisions[name] for name in dyn.exits] + [torch.ones(batch, dtype=torch.bool)])
+            np.testing.assert_array_equal(found["exit"], taken.int().argmax(0).numpy())
+            asked = found["exit"] >= np.arange(len(dyn.exits))[:, None]
+            for name, rows in zip(dyn.exits, asked, strict=True):
+                np.testing.assert_array_equal(found[f"decisions.{name}"] >= 0, rows)
+
+
+@pytest.mark.parametrize(("kind", "chain"), [case for case in CASES if case[0] != "steps"])
+def test_by_the_sample_no_more_runs_than_is_counted(exported, kind, chain, tmp_path):
+    dyn, path = exported(kind, chain, "sample")
+    inputs = example(kind, 33)
+    _, ran = profiled(path, fed(dyn, inputs), tmp_path)
+    trace = dyn.trace(*inputs)
+    assert all(0 < d.float().mean() for d in trace.decisions.values())
+    assert flops(ran) == pytest.approx(float(trace.cost.double().sum()) * dyn.cost_model().static, rel=1e-5)

@@ -102,7 +102,7 @@ def _write(
 
     pieces = Pieces(plain.plan, plain.dynamic, plain.examples(5))
     model = Writer(plain.plan, plain.dynamic, pieces, routing=routing, decisions=decisions).model()
-    model.metadata_props.update(metadata, **{"dyncompile.knobs": json.dumps(list(pieces.knobs))})
+    model.metadata_props.update(metadata)
     save(model, path)
     compare(running(session(path)), plain.dynamic)
 

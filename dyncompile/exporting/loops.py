@@ -43,10 +43,10 @@ def write_loop(
     sequence, *state = pieces.copy((step, "start"), scope, inputs, knobs)
 
     body = Scope(scope)
-    number, going = ir.Value(name=f"step_{next(scope.count)}"), ir.Value(name=f"going_{next(scope.count)}")
+    number, going = ir.Value(name=f"step/{next(scope.count)}"), ir.Value(name=f"going/{next(scope.count)}")
     annotate(number, Spec((), torch.int64, None))
     annotate(going, Spec((), torch.bool, None))
-    before = [annotate(ir.Value(name=f"state_{next(scope.count)}"), found) for found in specs]
+    before = [annotate(ir.Value(name=f"state/{next(scope.count)}"), found) for found in specs]
     x = body.op("Gather", sequence, number, axis=0)
     (decision,) = pieces.copy((step, "agent"), body, [x, before[0]], knobs)
     index = indices(body, decision)

@@ -226,14 +226,14 @@ def copied(node: ir.Node, made: dict[ir.Value, ir.Value], scope: Scope) -> None:
         else attribute
         for attribute in node.attributes.values()
     ]
-    outputs = [ir.Value(name=f"{v.name}_{next(scope.count)}" if v.name else "", type=v.type) for v in node.outputs]
+    outputs = [ir.Value(name=f"{v.name}/{next(scope.count)}" if v.name else "", type=v.type) for v in node.outputs]
     scope.add(ir.Node(node.domain, node.op_type, inputs, attributes, outputs=outputs))
     made.update(zip(node.outputs, outputs, strict=True))
 
 
 def _inner(graph: ir.Graph, made: dict[ir.Value, ir.Value], scope: Scope) -> ir.Graph:
     inside = Scope(scope)
-    inputs = [ir.Value(name=f"{v.name}_{next(scope.count)}", type=v.type, shape=v.shape) for v in graph.inputs]
+    inputs = [ir.Value(name=f"{v.name}/{next(scope.count)}", type=v.type, shape=v.shape) for v in graph.inputs]
     known = {**made, **dict(zip(graph.inputs, inputs, strict=True))}
     for node in graph:
         copied(node, known, inside)

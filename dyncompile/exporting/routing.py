@@ -1,6 +1,7 @@
 """A plan as one ONNX model: conditionals become `If`, around whole batches or around the rows that take an arm."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import onnx_ir as ir
@@ -13,6 +14,7 @@ from dyncompile.exporting.loops import steps, write_loop
 from dyncompile.exporting.pieces import Pieces
 from dyncompile.exporting.rows import annotate, filled, gathered, indices, scattered, when
 from dyncompile.exporting.scope import Scope
+from dyncompile.exporting.settings import KNOBS_KEY
 from dyncompile.graph import Spec, spec
 from dyncompile.lowering.plan import Block, Conditional, Plan, Segment
 from dyncompile.module import DynamicModule
@@ -62,10 +64,7 @@ class Writer:
         placeholders = [n for n in self.plan.graph.nodes if n.op == "placeholder"]
         inputs = [annotate(ir.Value(name=name), spec(n), symbol="batch") for n, name in zip(placeholders, signature.names, strict=True)]
         scope.values.update(zip(placeholders, inputs, strict=True))
-        for name, buffer in self.pieces.knobs.items():
-            tensor = TorchTensor(buffer.detach().cpu(), name=name)
-            kind = ir.TensorType(tensor.dtype)
-            self.knobs[name] = ir.Value(name=name, shape=ir.Shape(()), type=kind, const_value=tensor)
+        self.knobs = knob_values(self.pieces.knobs)
         decisions = self.block(self.plan.root, scope)
         outputs = []
         leaves: list[object] = list(self.plan.graph.output_node().args[0])  # type: ignore[arg-type]
@@ -82,11 +81,7 @@ class Writer:
         if exits:
             outputs.append(self._output(scope, _exit(scope, exits, decisions), "exit", Spec((1,), torch.int64, 0)))
         graph = scope.finish("dyncompile", outputs, inputs)
-        for value in self.knobs.values():
-            if value.uses():
-                graph.register_initializer(value)
-        scope.place_constants()
-        return ir.Model(graph, ir_version=10, producer_name="dyncompile")
+        return finished(graph, scope, self.knobs)
 
     def _output(self, scope: Scope, value: ir.Value, name: str, found: Spec) -> ir.Value:
         own = annotate(scope.op("Identity", value), found, symbol="batch")
@@ -201,6 +196,27 @@ class Writer:
         for key, value in zip(made, values, strict=True):
             over = value if whole else scattered(scope, before[key], index, value, self._spec(key), rows)
             results[key] = over
+
+
+def knob_values(knobs: Mapping[str, Tensor]) -> dict[str, ir.Value]:
+    """A value for each knob: an initialiser that is equal to no other, whatever it holds."""
+    values = {}
+    for name, buffer in knobs.items():
+        tensor = TorchTensor(buffer.detach().cpu(), name=name)
+        kind = ir.TensorType(tensor.dtype)
+        values[name] = ir.Value(name=name, shape=ir.Shape(()), type=kind, const_value=tensor)
+    return values
+
+
+def finished(graph: ir.Graph, scope: Scope, knobs: Mapping[str, ir.Value]) -> ir.Model:
+    """A model of a graph, its constants and those knobs that it reads."""
+    used = [value for value in knobs.values() if value.uses()]
+    for value in used:
+        graph.register_initializer(value)
+    scope.place_constants()
+    model = ir.Model(graph, ir_version=10, producer_name="dyncompile")
+    model.metadata_props[KNOBS_KEY] = json.dumps([value.name for value in used])
+    return model
 
 
 def made_decisions(plan: Plan) -> dict[fx.Node, str]:

@@ -58,7 +58,7 @@ class Scope:
 
     def op(self, kind: str, *inputs: ir.Value | None, outputs: int = 1, **attributes: Any) -> Any:
         """Add a node; its value, or its values where it has several."""
-        values = [ir.Value(name=f"{kind.lower()}_{next(self.count)}") for _ in range(outputs)]
+        values = [ir.Value(name=f"{kind.lower()}/{next(self.count)}") for _ in range(outputs)]
         self.add(ir.node(kind, inputs, attributes, outputs=values))
         return values[0] if outputs == 1 else values
 
@@ -106,8 +106,8 @@ class Scope:
             tensor = constants.tensors[key]
             homes = set(readers) if tensor.nbytes <= _SMALL else {_common(readers)}
             for number, home in enumerate(sorted(homes, key=lambda s: s.depth)):
-                plain = constants.names.get(key) or f"constant_{next(self.count)}"
-                name = plain if number == 0 and plain not in used else f"{plain}_{next(self.count)}"
+                plain = constants.names.get(key) or f"constant/{next(self.count)}"
+                name = plain if number == 0 and plain not in used else f"{plain}/{next(self.count)}"
                 used.add(name)
                 value = constants.values.get((key, home))
                 if value is None:

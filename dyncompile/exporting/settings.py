@@ -13,6 +13,9 @@ from dyncompile.errors import ArgumentError, ExportError, require
 
 Value = float | bool
 
+KNOBS_KEY = "dyncompile.knobs"
+"""The entry of a file's metadata that lists its knobs."""
+
 
 def set_knobs(path: str | os.PathLike[str], values: Mapping[str, Value]) -> dict[str, Value]:
     """Change knobs of an exported ONNX model, all at once: whatever stops it, the file holds either all or none.
@@ -72,7 +75,7 @@ def _load(path: Path) -> Any:
 def _knobs(model: Any) -> Iterator[tuple[str, Any]]:
     names: list[str] = []
     for entry in model.metadata_props:
-        if entry.key == "dyncompile.knobs":
+        if entry.key == KNOBS_KEY:
             names = json.loads(entry.value)
     for tensor in model.graph.initializer:
         if tensor.name in names:

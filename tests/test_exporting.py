@@ -45,13 +45,13 @@ def converted(kind, chain):
 
 @torch.no_grad()
 def settle(dyn, inputs):
-    """Set every knob to the middle of what the model's decisions are made by."""
+    """Set every knob near the middle of what the model's decisions are made by, but not on any sample's value."""
     trace = dyn.trace(*inputs)
     for name, confidence in trace.confidence.items():
-        dyn.exits[name].threshold.copy_(confidence.median())
+        dyn.exits[name].threshold.copy_(confidence.median() + 1e-4)
     for name, probability in trace.probabilities.items():
         if not dyn.gates[name].routes:
-            dyn.gates[name].bias.copy_(-torch.logit(probability.float()).median())
+            dyn.gates[name].bias.copy_(1e-4 - torch.logit(probability.float()).median())
 
 
 def fed(dyn, inputs):

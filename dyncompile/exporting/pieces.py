@@ -163,6 +163,8 @@ def _exported(parts: Mapping[Key, Part], knobs: Mapping[str, Tensor]) -> ir.Grap
                 whole, tuple(arguments), dynamic_shapes=((*shapes, *(None for _ in knobs)),), strict=False
             )
             found = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=True, verbose=False)
+    except ExportError:
+        raise
     except Exception as error:
         raise ExportError(f"torch cannot export a segment: {str(error).strip().splitlines()[0]}") from error
     assert found is not None

@@ -11,11 +11,12 @@ from torch import Tensor, fx, nn
 from dyncompile.demand import stands_in
 from dyncompile.errors import ExportError
 from dyncompile.exporting.pieces import exportable, quiet
-from dyncompile.graph import spec
+from dyncompile.exporting.recurrent import ConditionalAgent, ConditionalLayer, SequenceLayer
+from dyncompile.graph import attribute, spec
 from dyncompile.lowering import lower
 from dyncompile.lowering.plan import Block, Conditional, Plan, Segment, segment_module
 from dyncompile.module import DynamicModule
-from dyncompile.nn.recurrent import Cell, CompactedLayer, DroppingLayer, SkippingLayer, State
+from dyncompile.nn.recurrent import DroppingLayer
 from dyncompile.ops import arms_of
 
 _INDUCTOR = {
@@ -214,16 +215,15 @@ def _zeros(decision: Tensor, shape: tuple[int, ...], dtype: torch.dtype, dim: in
     return torch.zeros(sizes, dtype=dtype, device=decision.device)
 
 
-# --- recurrent layers --------------------------------------------------------------------------------
-
-
 def _steps(module: fx.GraphModule) -> fx.GraphModule:
     """A segment whose recurrent layers run a step where a sample of the batch keeps it."""
     for node in module.graph.nodes:
         if stands_in(node):
-            raise ExportError("frame_skip")
+            layer = module.get_submodule(str(node.target))
+            agent = isinstance(layer, DroppingLayer)
+            weights = [attribute(module, str(n.target)) for n in node.args[3 if agent else 4 :]]
+            if isinstance(layer, SequenceLayer):
+                module.set_submodule(str(node.target), ConditionalLayer(layer.layer, weights))
+            elif isinstance(layer, DroppingLayer):
+                module.set_submodule(str(node.target), ConditionalAgent(layer.gate, weights))
     return module
-
-
-__all__ = ["export_program"]
-_ = (Cell, CompactedLayer, DroppingLayer, SkippingLayer, State)

@@ -1,5 +1,6 @@
 """Recurrent layers that skip steps, in the form that ONNX runs: the steps that a sample keeps move together."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 
 from dyncompile.errors import ExportError
 from dyncompile.nn.gates import Gate
-from dyncompile.nn.recurrent import SkippingLayer, State, StepGate
+from dyncompile.nn.recurrent import SkippingLayer, State, StepGate, mixed
 
 _ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2)}
 """torch's gates, in the order of ONNX."""
@@ -18,21 +19,12 @@ class SequenceLayer(nn.Module):
 
     Args:
         layer: Whose form and results it has.
-
-    Raises:
-        ExportError: An LSTM with projections, which ONNX does not have.
     """
 
     def __init__(self, layer: SkippingLayer) -> None:
         super().__init__()
-        form = layer.form
-        if form.output_size != form.hidden_size:
-            raise ExportError(
-                "an LSTM with projections cannot skip steps in ONNX, whose LSTM has none: use proj_size=0, "
-                "or disable its frame_skip gate"
-            )
         self.layer = layer
-        self.mode = "RNN" if form.mode.startswith("RNN") else form.mode
+        self.mode = "RNN" if layer.form.mode.startswith("RNN") else layer.form.mode
 
     def forward(
         self,
@@ -85,6 +77,11 @@ class SequenceLayer(nn.Module):
     ) -> tuple[Tensor, State]:
         form = self.layer.form
         hidden = form.hidden_size
+        if form.output_size != hidden:
+            raise ExportError(
+                "an LSTM with projections cannot skip steps in ONNX, whose LSTM has none: take proj_size=0, "
+                "export to *.pt2, or disable its gate"
+            )
         attributes: dict[str, Any] = {"hidden_size": hidden}
         if self.mode == "GRU":
             attributes["linear_before_reset"] = 1
@@ -166,7 +163,7 @@ class Cell(nn.Module):
         weights: In torch's order.
     """
 
-    def __init__(self, layer: SkippingLayer, weights: list[Tensor]) -> None:
+    def __init__(self, layer: SkippingLayer, weights: Sequence[Tensor]) -> None:
         super().__init__()
         self.cell = layer.cell
         self.weights = nn.ParameterList(weights)
@@ -175,3 +172,93 @@ class Cell(nn.Module):
         """From a step `[N, D]` and states `[N, ...]` to states."""
         weights = tuple(self.weights)
         return self.cell(self.cell.project(x, weights), state, weights)  # type: ignore[no-any-return]
+
+
+# --- programs of torch -------------------------------------------------------------------------------
+
+
+def conditional_step(cell: Cell, decision: Tensor, x: Tensor, state: State) -> State:
+    """A step of `cell` on `[N, D]`, left out by `torch.cond` where no sample keeps it."""
+
+    def run(decision: Tensor, x: Tensor, *before: Tensor) -> State:
+        return mixed(decision, cell(x, *before), before)
+
+    def skip(decision: Tensor, x: Tensor, *before: Tensor) -> State:  # noqa: ARG001 - as the other branch
+        return tuple(s.clone() for s in before)
+
+    result: State = torch.cond(decision.any(), run, skip, (decision, x, *state))
+    return tuple(result)
+
+
+class ConditionalLayer(nn.Module):
+    """`SkippingLayer` in evaluation, a `torch.cond` for each step; also an LSTM with projections.
+
+    Args:
+        layer: Whose form and results it has.
+        weights: In torch's order. Branches read them off modules: sizes of what they are given are not known.
+    """
+
+    def __init__(self, layer: SkippingLayer, weights: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.layer = layer
+        self.cells = nn.ModuleList(Cell(layer, own) for own in layer.directions(tuple(weights)))
+
+    def forward(
+        self,
+        static: None,  # noqa: ARG002 - the place that it has in the dense form
+        decision: Tensor,
+        x: Tensor,
+        state: Tensor | State | None,
+        *weights: Tensor,  # noqa: ARG002 - the cells have them
+    ) -> tuple[Tensor, ...]:
+        """Run over a sequence; arguments and results as in `SkippingLayer.forward`, the decisions bool."""
+        layer = self.layer
+        given = layer.initial(x, state)
+        sequence = layer.rows(x)
+        kept = decision.view(-1, sequence.shape[1])
+        outputs, finals = [], []
+        for i, cell in enumerate(self.cells):
+            assert isinstance(cell, Cell)
+            now, steps = tuple(s[i] for s in given), []
+            order = range(sequence.shape[1])
+            for t in reversed(order) if i else order:
+                now = conditional_step(cell, kept[:, t], sequence[:, t], now)
+                steps.append(now[0])
+            outputs.append(layer.stack(steps[::-1] if i else steps))
+            finals.append(now)
+        return layer.join(outputs, finals)
+
+
+class ConditionalAgent(nn.Module):
+    """`StepGate` in evaluation, a `torch.cond` for each step.
+
+    Args:
+        gate: Whose policy and layer are used.
+        weights: In torch's order.
+    """
+
+    def __init__(self, gate: StepGate, weights: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.gate = gate
+        self.cell = Cell(gate.layer, weights)
+
+    def forward(
+        self,
+        static: None,  # noqa: ARG002 - the place that it has in the dense form
+        x: Tensor,
+        state: Tensor | State | None,
+        *weights: Tensor,  # noqa: ARG002 - the cell has them
+    ) -> tuple[Tensor, ...]:
+        """Run over a sequence; arguments and results as in `StepGate.forward`."""
+        layer = self.gate.layer
+        now = tuple(s[0] for s in layer.initial(x, state))
+        sequence = layer.rows(x)
+        steps, decisions, probabilities = [], [], []
+        for t in range(sequence.shape[1]):
+            d, p = Gate.forward(self.gate, torch.cat((sequence[:, t], now[0]), -1))
+            now = conditional_step(self.cell, d, sequence[:, t], now)
+            steps.append(now[0])
+            decisions.append(d)
+            probabilities.append(p)
+        found = layer.join([layer.stack(steps)], [now])
+        return (*found, torch.stack(decisions, 1).flatten(), torch.stack(probabilities, 1).flatten())

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -26,8 +27,7 @@ def profiled(path, inputs, folder):
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     outputs = session.run(names, {name: np.asarray(value) for name, value in inputs.items()})
-    with open(session.end_profiling(), encoding="utf-8") as file:
-        events = json.load(file)
+    events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     ran = [
         (e["args"]["op_name"], _shapes(e["args"]["input_type_shape"]), _shapes(e["args"]["output_type_shape"]))
         for e in events

@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import onnx_ir as ir
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental import _config
 
 from dyncompile.demand import stands_in
 from dyncompile.errors import ExportError
-from dyncompile.exporting.recurrent import Agent, Cell, Start, SequenceLayer
+from dyncompile.exporting.recurrent import Agent, Cell, SequenceLayer, Start
 from dyncompile.exporting.scope import Scope
 from dyncompile.graph import attribute, spec
 from dyncompile.lowering.plan import Plan, Segment, segment_module
@@ -78,9 +79,7 @@ class Pieces:
         self.outputs = {key: [next(outputs) for _ in range(part.outputs)] for key, part in parts.items()}
         self.order = {node: i for i, node in enumerate(graph)}
 
-    def copy(
-        self, key: Key, scope: Scope, inputs: Sequence[ir.Value], knobs: Mapping[str, ir.Value]
-    ) -> list[ir.Value]:
+    def copy(self, key: Key, scope: Scope, inputs: Sequence[ir.Value], knobs: Mapping[str, ir.Value]) -> list[ir.Value]:
         """Add the nodes of a segment to a graph.
 
         Args:
@@ -158,7 +157,7 @@ def _exported(parts: Mapping[Key, Part], knobs: Mapping[str, Tensor]) -> ir.Grap
     whole = _All(list(parts.values()), list(knobs)).eval()
     try:
         # Two parts that are traced at one batch size are still two batches.
-        with quiet(), torch.no_grad(), torch.fx.experimental._config.patch(use_duck_shape=False):
+        with quiet(), torch.no_grad(), _config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
             program = torch.export.export(
                 whole, tuple(arguments), dynamic_shapes=((*shapes, *(None for _ in knobs)),), strict=False
             )
@@ -259,8 +258,8 @@ def _plain(name: str) -> str | None:
 def _reads(node: ir.Node) -> list[ir.Value]:
     """What a node reads, the graphs inside of it included."""
     found = [v for v in node.inputs if v is not None]
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            for inner in attribute.as_graph():
+    for inner_of in node.attributes.values():
+        if inner_of.type == ir.AttributeType.GRAPH:
+            for inner in inner_of.as_graph():
                 found += _reads(inner)
     return found

@@ -67,14 +67,14 @@ def _exported(plan: Plan, dyn: DynamicModule) -> torch.export.ExportedProgram:
     signature = dyn.graph.signature
     inputs = dyn.examples(5)
     args, kwargs = signature.call_arguments(inputs)
-    shapes = torch.export.ShapesCollection()
+    shapes: Any = torch.export.ShapesCollection()
     for tensor, dim in zip(inputs, dyn.graph.batch_dims, strict=True):
         if dim is not None:
-            shapes[tensor] = {dim: torch.export.Dim.DYNAMIC}  # type: ignore[index]
+            shapes[tensor] = {dim: torch.export.Dim.DYNAMIC}
     try:
         with quiet(), torch.no_grad():
-            program = torch.export.export(whole, args, kwargs, dynamic_shapes=shapes, strict=False)
-            program = program.run_decompositions({})
+            captured = torch.export.export(whole, args, kwargs, dynamic_shapes=shapes, strict=False)
+            program: torch.export.ExportedProgram = captured.run_decompositions({})
     except Exception as error:
         raise ExportError(f"torch cannot export the model with conditionals: {_first(error)}") from error
     # What torch assumes of a size it does not know, at least 2, forbids a batch of one.
@@ -144,9 +144,7 @@ class _Writer:
         graph.output(tuple(results))
         return fx.GraphModule(root, graph)
 
-    def _conditional(
-        self, step: Conditional, root: nn.Module, graph: fx.Graph, values: dict[fx.Node, fx.Node]
-    ) -> None:
+    def _conditional(self, step: Conditional, root: nn.Module, graph: fx.Graph, values: dict[fx.Node, fx.Node]) -> None:
         decision = values[step.unit.decision]
         found: dict[fx.Node, fx.Node] = {}
         for arm, block in enumerate(step.arms):

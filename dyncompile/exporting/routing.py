@@ -62,7 +62,10 @@ class Writer:
         scope = Scope()
         signature = self.dyn.graph.signature
         placeholders = [n for n in self.plan.graph.nodes if n.op == "placeholder"]
-        inputs = [annotate(ir.Value(name=name), spec(n), symbol="batch") for n, name in zip(placeholders, signature.names, strict=True)]
+        inputs = [
+            annotate(ir.Value(name=name), spec(n), symbol="batch")
+            for n, name in zip(placeholders, signature.names, strict=True)
+        ]
         scope.values.update(zip(placeholders, inputs, strict=True))
         self.knobs = knob_values(self.pieces.knobs)
         decisions = self.block(self.plan.root, scope)
@@ -180,13 +183,13 @@ class Writer:
             then.values[node] = value if whole else gathered(then, value, index, spec(node), rows)
         made: dict[Key, ir.Value] = dict(self.block(block, then))
         made.update((select, then.values[value]) for select, value in selects.items())
-        before = {key: self._before(scope, results, key, step) for key in made}
+        before: dict[Key, ir.Value] = {key: self._before(scope, results, key, step) for key in made}
         if whole:
             others = indices(then, then.op("Not", taken))
             for key, value in made.items():
                 part = gathered(then, before[key], others, self._spec(key), rows)
                 made[key] = scattered(then, value, others, part, self._spec(key), rows)
-            nothing = dict(before)
+            nothing = before
         else:
             nothing = {key: otherwise.nothing(self._spec(key)) for key in made}
         values = when(

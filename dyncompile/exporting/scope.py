@@ -75,7 +75,7 @@ class Scope:
         key = self.constants.key(tensor, name)
         found = self.constants.values.get((key, self))
         if found is None:
-            found = ir.Value(name=None, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+            found = _value(tensor)
             self.constants.values[key, self] = found
             self.constants.readers.setdefault(key, []).append(self)
         return found
@@ -100,7 +100,7 @@ class Scope:
         onnxruntime blocks and packs only those weights of a convolution that lie in the convolution's own graph.
         """
         constants = self.constants
-        used: set[str] = set(v.name or "" for v in self.graph.inputs) if self.graph else set()
+        used: set[str] = {v.name or "" for v in self.graph.inputs} if self.graph else set()
         used.update(self.graph.initializers if self.graph else ())
         for key, readers in constants.readers.items():
             tensor = constants.tensors[key]
@@ -111,7 +111,7 @@ class Scope:
                 used.add(name)
                 value = constants.values.get((key, home))
                 if value is None:
-                    value = ir.Value(shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+                    value = _value(tensor)
                 value.name = name
                 assert home.graph is not None
                 home.graph.register_initializer(value)
@@ -121,12 +121,22 @@ class Scope:
                         ir.convenience.replace_all_uses_with(mine, value)
 
 
+def _value(tensor: ir.TensorProtocol) -> ir.Value:
+    kind = ir.TensorType(tensor.dtype)
+    return ir.Value(name=None, shape=ir.Shape(tensor.shape.numpy()), type=kind, const_value=tensor)
+
+
 def _common(scopes: Sequence[Scope]) -> Scope:
     """The innermost scope that holds all."""
-    chains = []
+    chains: list[list[Scope]] = []
     for scope in scopes:
         chain = [scope]
         while chain[-1].parent:
             chain.append(chain[-1].parent)
         chains.append(chain[::-1])
-    return [level[0] for level in zip(*chains, strict=False) if all(s is level[0] for s in level)][-1]
+    shared = chains[0][0]
+    for level in zip(*chains, strict=False):
+        if any(s is not level[0] for s in level):
+            break
+        shared = level[0]
+    return shared

@@ -102,6 +102,8 @@ def _set(name: str, tensor: Any, value: Value) -> None:
         fits, expected = isinstance(given, bool), "true or false"
     elif isinstance(given, bool) or not isinstance(given, int | float) or not math.isfinite(given):
         fits, expected = False, "a finite number"
+    elif kind == "threshold":
+        fits, expected = 0 <= given <= 1, "a number in [0, 1]"
     elif kind == "temperature":
         fits, expected = given > 0, "a temperature above 0"
     else:

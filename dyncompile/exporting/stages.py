@@ -200,8 +200,8 @@ class StagedModel:
         batched = next(v for v in manifest.inputs.values() if manifest.values[v].batch_dim is not None)
         batch = values[batched].shape[manifest.values[batched].batch_dim or 0] // manifest.values[batched].rows
         self.last_run = {}
-        decisions: dict[str, Array] = {}
-        found = self._block(manifest.root, values, batch, np.arange(batch), 1, decisions, batch)
+        decisions = {n: np.full(batch * manifest.values[v].rows, -1) for n, v in manifest.decisions.items()}
+        found = self._block(manifest.root, values, np.arange(batch), 1, decisions)
         outputs = {
             name: found[value] if isinstance(value, str) else np.asarray(value)
             for name, value in manifest.outputs.items()
@@ -211,46 +211,31 @@ class StagedModel:
         if manifest.exits:
             index = np.full(batch, len(manifest.exits))
             for number, name in reversed(list(enumerate(manifest.exits))):
-                index[decisions.get(name, np.zeros(batch)) == 1] = number
+                index[decisions[name] == 1] = number
             outputs["exit"] = index
         return outputs
 
     def _block(
-        self,
-        block: BlockSteps,
-        values: dict[str, Array],
-        count: int,
-        index: Array,
-        per: int,
-        decisions: dict[str, Array],
-        batch: int,
+        self, block: BlockSteps, values: dict[str, Array], index: Array, per: int, decisions: dict[str, Array]
     ) -> dict[str, Array]:
-        """Run steps; `index` says which of all `per` rows a sample these `count` ones are."""
-        self.last_run[block.name] = self.last_run.get(block.name, 0) + count
-        known = {value: name for name, value in self.manifest.decisions.items()}
+        """Run steps; `index` says which of all rows, of which a sample has `per`, these are."""
+        self.last_run[block.name] = self.last_run.get(block.name, 0) + len(index)
+        made = {value: name for name, value in self.manifest.decisions.items()}
         for step in block.steps:
-            if isinstance(step, SegmentStep):
-                given = {name: values[name] for name in step.inputs}
-                results = self._sessions[step.file].run(step.outputs, given)
-                values.update(zip(step.outputs, results, strict=True))
-                for name in set(step.outputs) & set(known):
-                    rows = self.manifest.values[name].rows
-                    shown = decisions.setdefault(known[name], np.full(batch * rows, -1))
-                    shown[_finer(index, rows // per)] = values[name].astype(np.int64)
-            else:
-                self._conditional(step, values, count, index, per, decisions, batch)
+            if isinstance(step, ConditionalStep):
+                values.update(self._conditional(step, values, index, per, decisions))
+                continue
+            given = {name: values[name] for name in step.inputs}
+            values.update(zip(step.outputs, self._sessions[step.file].run(step.outputs, given), strict=True))
+            for name in set(step.outputs) & set(made):
+                finer = _finer(index, self.manifest.values[name].rows // per)
+                decisions[made[name]][finer] = values[name].astype(np.int64)
         return {name: values[name] for name in block.outputs}
 
     def _conditional(
-        self,
-        step: ConditionalStep,
-        values: dict[str, Array],
-        count: int,
-        index: Array,
-        per: int,
-        decisions: dict[str, Array],
-        batch: int,
-    ) -> None:
+        self, step: ConditionalStep, values: dict[str, Array], index: Array, per: int, decisions: dict[str, Array]
+    ) -> dict[str, Array]:
+        """Run what a decision controls; the values that it chooses."""
         decision = values[step.decision].astype(np.int64)
         whole, finer = len(decision), _finer(index, step.rows // per)
         results: dict[str, Array] = {}
@@ -262,7 +247,7 @@ class StagedModel:
             found: dict[str, Array] = {}
             if block is not None:
                 live = {n: values[n] if every else self._gather(n, values[n], rows, step.rows) for n in block.inputs}
-                found = self._block(block, live, len(rows), finer[rows], step.rows, decisions, batch)
+                found = self._block(block, live, finer[rows], step.rows, decisions)
             for select, names in step.selects.items():
                 name = names[arm]
                 if every:
@@ -270,7 +255,7 @@ class StagedModel:
                     continue
                 part = found[name] if name in found else self._gather(name, values[name], rows, step.rows)
                 self._scatter(select, results, part, rows, step.rows, whole)
-        values.update(results)
+        return results
 
     def _gather(self, name: str, value: Array, rows: Array, per: int) -> Array:
         known = self.manifest.values[name]
@@ -278,9 +263,7 @@ class StagedModel:
             return value
         return value.take(_finer(rows, known.rows // per), axis=known.batch_dim)
 
-    def _scatter(
-        self, select: str, results: dict[str, Array], part: Array, rows: Array, per: int, count: int
-    ) -> None:
+    def _scatter(self, select: str, results: dict[str, Array], part: Array, rows: Array, per: int, count: int) -> None:
         known = self.manifest.values[select]
         dim, entries = known.batch_dim or 0, known.rows // per
         if select not in results:

@@ -6,13 +6,18 @@ import numpy as np
 import pytest
 import torch
 from profiling import flops, profiled
+from test_frame_skip import Video
 from test_passes import MODELS, REFUSED, enable
+from torch import nn
 
 import dyncompile as dc
 from dyncompile.exporting import checking, files
 from dyncompile.exporting.pieces import Pieces
 from dyncompile.exporting.routing import Writer
 from dyncompile.passes import available
+from dyncompile.passes.frame_skip import FrameSkip
+from dyncompile.passes.layer_skip import LayerSkip
+from dyncompile.passes.neuron_gate import NeuronGate
 
 KINDS = ("images", "vectors", "steps", "text")
 FIRST = [(next(kind for kind in KINDS if (strategy, kind) not in REFUSED), strategy) for strategy in available()]
@@ -22,20 +27,43 @@ CHAINS = [
     ("text", "layer_skip-early_exit"),
     ("steps", "early_exit-frame_skip"),
 ]
-CASES = FIRST + CHAINS
+
+
+class StepsFirst(nn.Module):
+    """A transformer over `[L, N, D]`."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0) for _ in range(2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x.mean(0)
+
+
+# Decisions about rows of a sample, samples along another dim, an agent that reads the state.
+MORE = {
+    "tokens": (*MODELS["text"], [NeuronGate(per="token", groups=2)], {}),
+    "frames": (Video, lambda n: (torch.randn(n, 5, 3, 8, 8),), [FrameSkip()], {}),
+    "steps first": (StepsFirst, lambda n: (torch.randn(4, n, 8),), [LayerSkip()], {"batch_dims": {"x": 1}}),
+    "state": (*MODELS["steps"], [FrameSkip(reads="state")], {}),
+}
+CASES = [*FIRST, *CHAINS, *((kind, "") for kind in MORE)]
 BATCHES = (1, 2, 7, 33)
 
 
 def example(kind, batch):
-    return MODELS[kind][1](batch)
+    return (MODELS | MORE)[kind][1](batch)
 
 
 @functools.cache
 def converted(kind, chain):
     """A dynamic model each of whose decisions says yes to about half of the samples."""
     torch.manual_seed(0)
-    make, inputs = MODELS[kind]
-    dyn = enable(dc.dynamize(make(), chain.split("-"), example_inputs=inputs(2)))
+    make, inputs, *more = (MODELS | MORE)[kind]
+    passes, options = more or (chain.split("-"), {})
+    dyn = enable(dc.dynamize(make(), passes, example_inputs=inputs(2), **options))
     settle(dyn, inputs(64))
     return dyn
 
@@ -96,7 +124,7 @@ def test_the_file_decides_and_computes_what_the_model_does(exported, kind, chain
                 np.testing.assert_array_equal(found[f"decisions.{name}"] >= 0, rows)
 
 
-@pytest.mark.parametrize(("kind", "chain"), [case for case in CASES if case[0] != "steps"])
+@pytest.mark.parametrize(("kind", "chain"), [case for case in CASES if case[0] not in ("steps", "state", "frames")])
 def test_by_the_sample_no_more_runs_than_is_counted(exported, kind, chain, tmp_path):
     dyn, path = exported(kind, chain, "sample")
     inputs = example(kind, 33)
@@ -104,3 +132,13 @@ def test_by_the_sample_no_more_runs_than_is_counted(exported, kind, chain, tmp_p
     trace = dyn.trace(*inputs)
     assert float(torch.cat([d.flatten().float() for d in trace.decisions.values()]).mean()) > 0
     assert flops(ran) == pytest.approx(float(trace.cost.double().sum()) * dyn.cost_model().static, rel=1e-5)
+
+
+def test_frames_that_are_skipped_do_not_enter_the_backbone(exported, tmp_path):
+    dyn, path = exported("frames", "", "sample")
+    inputs = example("frames", 12)
+    _, ran = profiled(path, fed(dyn, inputs), tmp_path)
+    kept = int(dyn.trace(*inputs).decisions["frames0"].sum())
+    assert 0 < kept < 60
+    # The agent looks at every frame, by three convolutions.
+    assert [given[0][0] for kind, given, _ in ran if kind == "Conv"] == [60, 60, 60, kept, kept]

@@ -151,7 +151,7 @@ def test_what_differs_leaves_what_was_there(dyn, tmp_path, monkeypatch):
     path.write_text("before")
     monkeypatch.setattr(checking, "differences", lambda *_: "output `y` is off by up to 3")
     for target, options in ((path, {}), (tmp_path / "model.pt2", {}), (tmp_path / "folder", {"routing": "stages"})):
-        with pytest.raises(ExportError, match="computes something else at batch size 2: output `y` is off by up to 3"):
+        with pytest.raises(ExportError, match="computes something else at batch size .: output `y` is off by up to 3"):
             dc.export(dyn, target, **options)
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
     assert path.read_text() == "before"

@@ -12,6 +12,7 @@ from dyncompile.demand import stands_in
 from dyncompile.errors import ExportError
 from dyncompile.exporting.pieces import exportable, quiet
 from dyncompile.exporting.recurrent import ConditionalAgent, ConditionalLayer, SequenceLayer
+from dyncompile.exporting.rows import inside
 from dyncompile.graph import attribute, spec
 from dyncompile.lowering import lower
 from dyncompile.lowering.plan import Block, Conditional, Plan, Segment, segment_module
@@ -146,23 +147,25 @@ class _Writer:
 
     def _conditional(self, step: Conditional, root: nn.Module, graph: fx.Graph, values: dict[fx.Node, fx.Node]) -> None:
         decision = values[step.unit.decision]
-        found: dict[fx.Node, fx.Node] = {}
+        bases = {s: next((v for i, v in enumerate(arms_of(s)) if not inside(step, i, v)), None) for s in step.selects}
+        found = {s: values[v] for s, v in bases.items() if v is not None}
         for arm, block in enumerate(step.arms):
+            chosen = {s: arms_of(s)[arm] for s in step.selects}
+            selects = [s for s, v in chosen.items() if inside(step, arm, v)]
+            outer = {s: v for s, v in chosen.items() if s not in selects and v is not bases[s]}
+            if block is None and not outer:
+                continue
             taken = graph.call_function(_taken, (decision, arm, step.unit.routed))
-            selects = [s for s in step.selects if block is not None and arms_of(s)[arm] in block.outputs]
-            for select in step.selects:
-                if select not in selects:
-                    value = values[arms_of(select)[arm]]
-                    if select in found:
-                        value = graph.call_function(_merged, (taken, value, found[select], *_place(select, step)))
-                    found[select] = value
+            for select, value in outer.items():
+                arguments = (taken, values[value], found[select], *_place(select, step))
+                found[select] = graph.call_function(_merged, arguments)
             if block is None:
                 continue
             for select in selects:
                 if select not in found:
                     known = spec(select)
-                    arguments = (decision, known.shape, known.dtype, *_place(select, step))
-                    found[select] = graph.call_function(_zeros, arguments)
+                    shape = (decision, known.shape, known.dtype, *_place(select, step))
+                    found[select] = graph.call_function(_zeros, shape)
             name = f"arm{len(root._modules)}"
             root.add_module(name, self.block(block, selects, step, arm))
             root.add_module(f"{name}_not", _Unchanged(len(block.inputs) + 1))

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from dyncompile.demand import decision_name, stands_in
 from dyncompile.exporting.loops import steps, write_loop
 from dyncompile.exporting.pieces import Pieces
-from dyncompile.exporting.rows import annotate, filled, gathered, indices, scattered, when
+from dyncompile.exporting.rows import annotate, filled, gathered, indices, inside, scattered, when
 from dyncompile.exporting.scope import Scope
 from dyncompile.exporting.settings import KNOBS_KEY
 from dyncompile.graph import Spec, spec
@@ -117,14 +117,14 @@ class Writer:
         Returns:
             The decisions that it makes, by name.
         """
-        inside: dict[str, ir.Value] = {}
+        within: dict[str, ir.Value] = {}
         if (step, "agent") in self.pieces.inputs:
             values, decision = write_loop(self.pieces, step, scope, self.knobs, self.dyn)
-            inside = {name: decision for n in step.nodes if (name := stands_in(n)) in self.rows}
+            within = {name: decision for n in step.nodes if (name := stands_in(n)) in self.rows}
         else:
             values = self.pieces.copy((step, ""), scope, [scope.values[n] for n in step.inputs], self.knobs)
         scope.values.update(zip(step.outputs, values, strict=True))
-        return inside | {self.made[n]: scope.values[n] for n in step.outputs if n in self.made}
+        return within | {self.made[n]: scope.values[n] for n in step.outputs if n in self.made}
 
     # --- conditionals ------------------------------------------------------------------------------------
 
@@ -136,11 +136,11 @@ class Writer:
         """
         decision, rows = scope.values[step.unit.decision], step.unit.rows
         results: dict[Key, ir.Value] = {}
-        bases = {s: next((v for i, v in enumerate(arms_of(s)) if not _inside(step, i, v)), None) for s in step.selects}
+        bases = {s: next((v for i, v in enumerate(arms_of(s)) if not inside(step, i, v)), None) for s in step.selects}
         results.update((s, scope.values[v]) for s, v in bases.items() if v is not None)
         for arm, block in enumerate(step.arms):
             values = {s: arms_of(s)[arm] for s in step.selects}
-            outer = {s: v for s, v in values.items() if not _inside(step, arm, v) and v is not bases[s]}
+            outer = {s: v for s, v in values.items() if not inside(step, arm, v) and v is not bases[s]}
             if block is None and not outer:
                 continue
             if step.unit.routed:
@@ -240,8 +240,3 @@ def _exit(scope: Scope, exits: Sequence[str], decisions: dict[str, ir.Value]) ->
         left = scope.op("Equal", decisions[name], scope.constant(1))
         index = scope.op("Where", left, scope.constant(number), index)
     return index
-
-
-def _inside(step: Conditional, arm: int, value: fx.Node) -> bool:
-    block = step.arms[arm]
-    return block is not None and value in block.outputs

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import from_torch_dtype
+from torch import fx
 
 from dyncompile.exporting.scope import Scope
 from dyncompile.graph import Spec
+from dyncompile.lowering.plan import Conditional
 
 
 def indices(scope: Scope, taken: ir.Value) -> ir.Value:
@@ -119,3 +121,9 @@ def _joined(scope: Scope, value: ir.Value, found: Spec) -> ir.Value:
     dim = found.batch_dim or 0
     sizes = [*found.shape[:dim], -1, *found.shape[dim + 1 :]]
     return scope.op("Reshape", value, scope.constant(sizes))  # type: ignore[no-any-return]
+
+
+def inside(step: Conditional, arm: int, value: fx.Node) -> bool:
+    """Whether an arm of a conditional makes a value itself."""
+    block = step.arms[arm]
+    return block is not None and value in block.outputs

@@ -181,15 +181,16 @@ class Writer:
         for node in block.inputs:
             value = scope.values[node]
             then.values[node] = value if whole else gathered(then, value, index, spec(node), rows)
-        made: dict[Key, ir.Value] = dict(self.block(block, then))
+        made: dict[Key, ir.Value] = {}
+        made.update(self.block(block, then).items())
         made.update((select, then.values[value]) for select, value in selects.items())
         before: dict[Key, ir.Value] = {key: self._before(scope, results, key, step) for key in made}
+        nothing: dict[Key, ir.Value] = before
         if whole:
             others = indices(then, then.op("Not", taken))
             for key, value in made.items():
                 part = gathered(then, before[key], others, self._spec(key), rows)
                 made[key] = scattered(then, value, others, part, self._spec(key), rows)
-            nothing = before
         else:
             nothing = {key: otherwise.nothing(self._spec(key)) for key in made}
         values = when(

@@ -58,7 +58,7 @@ def scattered(scope: Scope, base: ir.Value, index: ir.Value, part: ir.Value, fou
     result = scope.op("ScatterND", base, scope.op("Unsqueeze", index, scope.constant([-1])), part)
     if dim:
         result = scope.op("Transpose", result, perm=[first.index(i) for i in range(rank)])
-    return result if whole else _joined(scope, result, found)  # type: ignore[no-any-return]
+    return result if whole else _joined(scope, result, found)
 
 
 def filled(scope: Scope, decision: ir.Value, found: Spec, rows: int, fill: int) -> ir.Value:

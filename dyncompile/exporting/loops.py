@@ -9,7 +9,7 @@ from torch import fx
 
 from dyncompile.demand import stands_in
 from dyncompile.exporting.pieces import Pieces
-from dyncompile.exporting.rows import annotate, gathered, indices, scattered, when
+from dyncompile.exporting.rows import annotate, any_of, gathered, indices, scattered, when
 from dyncompile.exporting.scope import Scope
 from dyncompile.graph import Spec, spec
 from dyncompile.lowering.plan import Segment
@@ -51,10 +51,10 @@ def write_loop(
     (decision,) = pieces.copy((step, "agent"), body, [x, before[0]], knobs)
     index = indices(body, decision)
     then, otherwise = Scope(body), Scope(body)
-    rows = [then.op("Gather", x, index, axis=0)]
+    rows = [then.op("GatherND", x, index)]
     rows += [gathered(then, s, index, found, 1) for s, found in zip(before, specs, strict=True)]
     parts = when(
-        body, index, (then, pieces.copy((step, "cell"), then, rows, knobs)),
+        body, any_of(body, index), (then, pieces.copy((step, "cell"), then, rows, knobs)),
         (otherwise, [otherwise.nothing(found) for found in specs]), specs, f"{stands_in(call)}: step",
     )  # fmt: skip
     after = [scattered(body, s, index, p, f, 1) for s, p, f in zip(before, parts, specs, strict=True)]

@@ -1,7 +1,7 @@
 """A plan as one ONNX model: conditionals become `If`, around whole batches or around the rows that take an arm."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import onnx_ir as ir
@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from dyncompile.demand import decision_name, stands_in
 from dyncompile.exporting.loops import steps, write_loop
 from dyncompile.exporting.pieces import Pieces
-from dyncompile.exporting.rows import annotate, filled, gathered, indices, inside, scattered, when
+from dyncompile.exporting.rows import annotate, any_of, filled, gathered, indices, inside, scattered, when
 from dyncompile.exporting.scope import Scope
 from dyncompile.exporting.settings import KNOBS_KEY
 from dyncompile.graph import Spec, spec
@@ -134,7 +134,7 @@ class Writer:
         Returns:
             The decisions that were made inside, by name.
         """
-        decision, rows = scope.values[step.unit.decision], step.unit.rows
+        rows = step.unit.rows
         results: dict[Key, ir.Value] = {}
         bases = {s: next((v for i, v in enumerate(arms_of(s)) if not inside(step, i, v)), None) for s in step.selects}
         results.update((s, scope.values[v]) for s, v in bases.items() if v is not None)
@@ -143,20 +143,28 @@ class Writer:
             outer = {s: v for s, v in values.items() if not inside(step, arm, v) and v is not bases[s]}
             if block is None and not outer:
                 continue
-            if step.unit.routed:
-                taken = scope.op("Equal", decision, scope.constant(arm))
-            else:
-                taken = decision if arm else scope.op("Not", decision)
-            index = indices(scope, taken)
+            taken, others = self._split(step, scope, arm)
+            if outer:
+                index = indices(scope, taken())
             for select, value in outer.items():
                 part = gathered(scope, scope.values[value], index, spec(value), rows)
                 before = self._before(scope, results, select, step)
                 results[select] = scattered(scope, before, index, part, spec(select), rows)
             if block is not None:
-                self._arm(step, block, {s: v for s, v in values.items() if v in block.outputs}, taken, index,
-                          scope, results)  # fmt: skip
+                chosen = {s: v for s, v in values.items() if v in block.outputs}
+                index = indices(scope, others() if self.routing == "batch" else taken())
+                self._arm(step, block, chosen, index, scope, results)
         scope.values.update((key, value) for key, value in results.items() if isinstance(key, fx.Node))
         return {key: value for key, value in results.items() if isinstance(key, str)}
+
+    def _split(self, step: Conditional, scope: Scope, arm: int) -> tuple[Callable[[], ir.Value], ...]:
+        """Make the mask of the rows that take an arm, or of those that do not."""
+        decision = scope.values[step.unit.decision]
+        if step.unit.routed:
+            taken = scope.op("Equal", decision, scope.constant(arm))
+            return lambda: taken, lambda: scope.op("Not", taken)
+        straight, opposite = (lambda: decision), (lambda: scope.op("Not", decision))
+        return (straight, opposite) if arm else (opposite, straight)
 
     def _before(self, scope: Scope, results: dict[Key, ir.Value], key: Key, step: Conditional) -> ir.Value:
         """What the rows of an arm are written over."""
@@ -170,12 +178,14 @@ class Writer:
         step: Conditional,
         block: Block,
         selects: dict[fx.Node, fx.Node],
-        taken: ir.Value,
         index: ir.Value,
         scope: Scope,
         results: dict[Key, ir.Value],
     ) -> None:
-        """Write an arm inside an `If`, and its values over those of the other rows."""
+        """Write an arm inside an `If`, and its values over those of the other rows.
+
+        `index` holds the rows that take the arm, by the batch those that do not.
+        """
         rows, whole = step.unit.rows, self.routing == "batch"
         then, otherwise = Scope(scope), Scope(scope)
         for node in block.inputs:
@@ -187,14 +197,16 @@ class Writer:
         before: dict[Key, ir.Value] = {key: self._before(scope, results, key, step) for key in made}
         nothing: dict[Key, ir.Value] = before
         if whole:
-            others = indices(then, then.op("Not", taken))
             for key, value in made.items():
-                part = gathered(then, before[key], others, self._spec(key), rows)
-                made[key] = scattered(then, value, others, part, self._spec(key), rows)
+                part = gathered(then, before[key], index, self._spec(key), rows)
+                made[key] = scattered(then, value, index, part, self._spec(key), rows)
+            decided = scope.op("Size", scope.values[step.unit.decision])
+            some = scope.op("Less", scope.op("Size", index), decided)
         else:
             nothing = {key: otherwise.nothing(self._spec(key)) for key in made}
+            some = any_of(scope, index)
         values = when(
-            scope, index, (then, list(made.values())), (otherwise, list(nothing.values())),
+            scope, some, (then, list(made.values())), (otherwise, list(nothing.values())),
             [self._spec(key) for key in made], block.name,
         )  # fmt: skip
         for key, value in zip(made, values, strict=True):

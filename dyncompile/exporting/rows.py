@@ -13,9 +13,13 @@ from dyncompile.lowering.plan import Conditional
 
 
 def indices(scope: Scope, taken: ir.Value) -> ir.Value:
-    """`[k]`: where a mask `[R]` is true."""
-    found: ir.Value = scope.op("Reshape", scope.op("NonZero", taken), scope.constant([-1]))
-    return found
+    """`[k, 1]`: where a mask `[R]` is true."""
+    return scope.op("Transpose", scope.op("NonZero", taken), perm=[1, 0])  # type: ignore[no-any-return]
+
+
+def any_of(scope: Scope, index: ir.Value) -> ir.Value:
+    """Whether there is a row among `[k, 1]`."""
+    return scope.op("Greater", scope.op("Size", index), scope.constant(0))  # type: ignore[no-any-return]
 
 
 def gathered(scope: Scope, value: ir.Value, index: ir.Value, found: Spec, rows: int) -> ir.Value:
@@ -24,16 +28,20 @@ def gathered(scope: Scope, value: ir.Value, index: ir.Value, found: Spec, rows: 
     Args:
         scope: The graph that does it.
         value: What `found` describes; without a batch dim it is the same for all.
-        index: `[k]` rows.
+        index: `[k, 1]` rows.
         found: Its shape.
         rows: How many rows a sample has; each may own several entries.
     """
     dim = found.batch_dim
     if dim is None:
         return value
-    if found.rows == rows:
-        return scope.op("Gather", value, index, axis=dim)  # type: ignore[no-any-return]
-    return _joined(scope, scope.op("Gather", _split(scope, value, found, rows), index, axis=dim), found)
+    whole = found.rows == rows
+    value = value if whole else _split(scope, value, found, rows)
+    if dim:
+        value = scope.op("Gather", value, scope.op("Reshape", index, scope.constant([-1])), axis=dim)
+    else:
+        value = scope.op("GatherND", value, index)
+    return value if whole else _joined(scope, value, found)
 
 
 def scattered(scope: Scope, base: ir.Value, index: ir.Value, part: ir.Value, found: Spec, rows: int) -> ir.Value:
@@ -42,7 +50,7 @@ def scattered(scope: Scope, base: ir.Value, index: ir.Value, part: ir.Value, fou
     Args:
         scope: The graph that does it.
         base: What is written over.
-        index: `[k]` rows.
+        index: `[k, 1]` rows.
         part: Their values.
         found: Shape of the base.
         rows: How many rows a sample has.
@@ -55,7 +63,7 @@ def scattered(scope: Scope, base: ir.Value, index: ir.Value, part: ir.Value, fou
     first = [dim, *(i for i in range(rank) if i != dim)]
     if dim:
         base, part = (scope.op("Transpose", v, perm=first) for v in (base, part))
-    result = scope.op("ScatterND", base, scope.op("Unsqueeze", index, scope.constant([-1])), part)
+    result = scope.op("ScatterND", base, index, part)
     if dim:
         result = scope.op("Transpose", result, perm=[first.index(i) for i in range(rank)])
     return result if whole else _joined(scope, result, found)
@@ -73,15 +81,15 @@ def filled(scope: Scope, decision: ir.Value, found: Spec, rows: int, fill: int) 
 
 
 def when(
-    scope: Scope, index: ir.Value, then: tuple[Scope, list[ir.Value]], otherwise: tuple[Scope, list[ir.Value]],
+    scope: Scope, some: ir.Value, then: tuple[Scope, list[ir.Value]], otherwise: tuple[Scope, list[ir.Value]],
     specs: Sequence[Spec], name: str,
 ) -> list[ir.Value]:  # fmt: skip
-    """An `If` there are rows.
+    """An `If`.
 
     Args:
         scope: The graph that it stands in.
-        index: `[k]` rows.
-        then: The graph that runs where k > 0, and what it gives.
+        some: Whether there are rows to run.
+        then: The graph that runs where there are, and what it gives.
         otherwise: The graph that runs else, and what it gives.
         specs: What is given.
         name: Of what is run.
@@ -93,7 +101,6 @@ def when(
         inner.finish(title, [inner.own(value) for value in values])
         for (inner, values), title in ((then, name), (otherwise, f"{name}: no row"))
     ]
-    some = scope.op("Greater", scope.op("Size", index), scope.constant(0))
     found = scope.op("If", some, outputs=len(specs), then_branch=graphs[0], else_branch=graphs[1])
     values = [found] if len(specs) == 1 else list(found)
     for value, known in zip(values, specs, strict=True):

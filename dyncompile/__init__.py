@@ -10,6 +10,7 @@ from dyncompile.ops import select, switch
 _LAZY = {
     "Calibration": "dyncompile.calibration",
     "calibrate": "dyncompile.calibration",
+    "export": "dyncompile.exporting",
     "finetune": "dyncompile.training",
     "load": "dyncompile.storage",
     "lower": "dyncompile.lowering",
@@ -22,6 +23,7 @@ __all__ = [
     "Trace",
     "calibrate",
     "dynamize",
+    "export",
     "finetune",
     "load",
     "lower",

@@ -214,6 +214,55 @@ def bench(
     Console().print(table)
 
 
+@app.command()
+def export(
+    model: Model,
+    folder: Folder,
+    out: Annotated[
+        Path,
+        typer.Argument(help="*.onnx, *.pt2, *.aoti.pt2, or a folder with --routing stages.", show_default=False),
+    ],
+    routing: Annotated[
+        Literal["sample", "batch", "stages"],
+        typer.Option(help="An arm runs on the rows that take it, on the whole batch if any does, or as a file."),
+    ] = "sample",
+    decisions: Annotated[bool, typer.Option("--decisions", help="Decisions are outputs too.")] = False,
+    device: Device = "cpu",
+    force: Force = False,
+) -> None:
+    """Write a converted model as a file that skips without dyncompile; it is run and compared first."""
+    import dyncompile as dc
+
+    _free(out, force=force, argument="out")
+    dyn = _load(model, folder, device).eval()
+    dc.export(dyn, out, routing=routing, decisions=decisions)
+
+
+@app.command()
+def set_threshold(
+    path: Annotated[Path, typer.Argument(help="What export wrote: *.onnx, or a folder.", show_default=False)],
+    settings: Annotated[
+        list[str],
+        typer.Argument(help="exit2=0.8, gate3=-1 (its bias), exit2.temperature=1.5, exit2.enabled=false."),
+    ],
+) -> None:
+    """Change thresholds in an exported ONNX file, without another export."""
+    from dyncompile.exporting import set_knobs
+
+    values = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        try:
+            values[name] = json.loads(value)
+        except json.JSONDecodeError:
+            equals = ""
+        if not equals:
+            expected = "name=value, such as exit2=0.8 or exit2.enabled=false"
+            raise ArgumentError("settings", found=repr(setting), expected=expected)
+    for name, now in set_knobs(path, values).items():
+        typer.echo(f"{name} = {now}")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exit 1 with one line on stderr where dyncompile raises, 2 for usage."""
     try:

@@ -63,6 +63,10 @@ class LoweringError(DyncompileError):
     """The dynamic model cannot be lowered as asked."""
 
 
+class ExportError(DyncompileError):
+    """The dynamic model cannot be exported as asked, or the exported file does not compute what the model does."""
+
+
 class RecipeError(DyncompileError):
     """A saved model is corrupt, truncated, too new or made for another model."""
 

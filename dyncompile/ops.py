@@ -119,7 +119,8 @@ def _reduced(gradient: Tensor, decision: Tensor, dim: int) -> Tensor:
     return (gradient.sum(gone) if gone else gradient).to(decision.dtype)
 
 
-def _mix(decision: Tensor, taken: Tensor, otherwise: Tensor, dim: int = 0) -> Tensor:
+def mix(decision: Tensor, taken: Tensor, otherwise: Tensor, dim: int = 0) -> Tensor:
+    """What `select` computes, in plain operations."""
     d = aligned(decision, taken, dim)
     if not decision.is_floating_point():
         return torch.where(d.bool(), taken, otherwise)
@@ -127,7 +128,8 @@ def _mix(decision: Tensor, taken: Tensor, otherwise: Tensor, dim: int = 0) -> Te
     return d * taken + (1 - d) * otherwise
 
 
-def _mix_many(route: Tensor, arms: list[Tensor], dim: int) -> Tensor:
+def mix_many(route: Tensor, arms: list[Tensor], dim: int) -> Tensor:
+    """What `switch` computes, in plain operations."""
     if route.is_floating_point():
         first, *others = (
             aligned(weight, arm, dim).to(arm.dtype) * arm for weight, arm in zip(route.unbind(-1), arms, strict=True)
@@ -140,10 +142,10 @@ def _mix_many(route: Tensor, arms: list[Tensor], dim: int) -> Tensor:
 
 
 # `switch` has no default for `dim`: the dispatcher drops defaults, which confuses autograd over lists.
-_select = torch.library.custom_op("dyncompile::select", _mix, mutates_args=())
-_switch = torch.library.custom_op("dyncompile::switch", _mix_many, mutates_args=())
-_select.register_fake(_mix)
-_switch.register_fake(_mix_many)
+_select = torch.library.custom_op("dyncompile::select", mix, mutates_args=())
+_switch = torch.library.custom_op("dyncompile::switch", mix_many, mutates_args=())
+_select.register_fake(mix)
+_switch.register_fake(mix_many)
 
 
 def _select_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001

@@ -48,6 +48,9 @@ class Pool(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Pool `x`, of the shape the feature tells, over the tokens that a mask `[N, L]` keeps."""
         f = self.feature
+        if x.dim() > 2 and mask is None and f.pool == "mean":
+            pooled = x.mean([i for i in range(x.dim()) if i not in (f.batch_dim, f.channel_dim)])
+            return pooled if f.batch_dim < f.channel_dim else pooled.t()
         x = x.movedim((f.batch_dim, f.channel_dim), (0, -1))
         if x.dim() == 2:
             return x
@@ -55,7 +58,7 @@ class Pool(nn.Module):
         if f.pool == "cls":
             return x[:, 0]
         if mask is None:
-            return x[:, -1] if f.pool == "last" else x.mean(1)
+            return x[:, -1]
         keep = ((mask == 0) if f.padding else (mask != 0)).to(x.dtype)
         if f.pool == "last":
             position = torch.arange(keep.shape[1], device=x.device, dtype=x.dtype) * keep

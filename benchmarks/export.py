@@ -1,0 +1,245 @@
+"""Exported models in onnxruntime: what they save by the clock over what they save by the count, and what depth costs.
+
+`python -m benchmarks.export --out export.json` exports models with exits, gates and skipped frames, sets their knobs
+so that a share of the samples decides each way, and times onnxruntime in turns with the static model's own export, one
+thread. Batch 1 is a stream of single samples through `routing="batch"`, batch 32 goes through `routing="sample"`. Keep
+the core quiet. The weights are random and the knobs chosen on the inputs: what is measured is time.
+
+`--digits` compares the files with the lowered model instead, outputs and decisions, on 1,000 real images.
+"""
+
+import argparse
+import dataclasses
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import dyncompile as dc
+from benchmarks import harness
+from benchmarks.cases import CASES, torchvision
+from benchmarks.early_exit import realised_saving
+from benchmarks.harness import Report, Table, Target, Timing, take_turns
+from dyncompile.demo.models import ResNet, resnet20
+from dyncompile.nn import Exit, Gate
+from dyncompile.passes import Pass
+from dyncompile.passes.early_exit import EarlyExit
+from dyncompile.passes.frame_skip import FrameSkip
+from dyncompile.passes.layer_skip import LayerSkip
+
+SAVING = 0.9
+DEPTH = 1.05
+ROUTINGS = {1: "batch", 32: "sample"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model to export.
+
+    Attributes:
+        build: Makes the static model.
+        passes: What makes it dynamic.
+        shape: Of one input.
+    """
+
+    build: Callable[[], nn.Module]
+    passes: list[Pass]
+    shape: tuple[int, ...]
+
+    def dynamic(self) -> tuple[nn.Module, dc.DynamicModule]:
+        """The static model and the dynamic one, everything enabled."""
+        torch.manual_seed(0)
+        model = self.build().eval()
+        dyn = dc.dynamize(model, self.passes, example_inputs=torch.randn(2, *self.shape)).eval()
+        for module in (*dyn.exits.values(), *dyn.gates.values()):
+            module.get_buffer("enabled").fill_(True)
+        return model, dyn
+
+
+class Reader(nn.Module):
+    """Classifies sequences by an LSTM."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.rnn, self.fc = nn.LSTM(width, hidden, batch_first=True), nn.Linear(hidden, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.rnn(x)[0][:, -1])  # type: ignore[no-any-return]
+
+
+def _vit() -> nn.Module:
+    torchvision()
+    import timm
+
+    model: nn.Module = timm.create_model("vit_small_patch16_224", img_size=64, num_classes=10)
+    return model
+
+
+FULL = {
+    "resnet18, 3 exits": Case(
+        build=CASES["resnet18-64"].build, passes=[EarlyExit(exits=("layer1", "layer2", "layer3"))], shape=(3, 112, 112)
+    ),
+    "resnet20, gates and exits": Case(build=resnet20, passes=[LayerSkip(), EarlyExit()], shape=(3, 32, 32)),
+    "vit, layer_skip": Case(build=_vit, passes=[LayerSkip()], shape=(3, 64, 64)),
+    "lstm, frame_skip": Case(build=lambda: Reader(64, 256), passes=[FrameSkip()], shape=(128, 64)),
+}
+QUICK = {
+    "resnet8, gates and exits": Case(
+        build=lambda: ResNet(8, width=8), passes=[LayerSkip(), EarlyExit(exits=1)], shape=(3, 16, 16)
+    ),
+    "lstm, frame_skip": Case(build=lambda: Reader(8, 16), passes=[FrameSkip()], shape=(12, 8)),
+}
+
+
+def exits(dyn: dc.DynamicModule) -> dict[str, Exit]:
+    """The exits of a model."""
+    return {name: module for name, module in dyn.exits.items() if isinstance(module, Exit)}
+
+
+def gates(dyn: dc.DynamicModule) -> dict[str, Gate]:
+    """The gates of a model."""
+    return {name: module for name, module in dyn.gates.items() if isinstance(module, Gate)}
+
+
+@torch.no_grad()
+def settle(dyn: dc.DynamicModule, x: Tensor, share: float) -> float:
+    """Let each exit take a share of the samples, and each gate leave out a share of its rows; the counted cost.
+
+    A threshold lies between the values of two samples: on one of them rounding would decide.
+    """
+    for exit_ in exits(dyn).values():
+        exit_.threshold.fill_(1.0)
+    for gate in gates(dyn).values():
+        gate.bias.fill_(100.0)
+    trace = dyn.trace(x)
+    if share:
+        for name, exit_ in exits(dyn).items():
+            exit_.threshold.fill_(_between(trace.confidence[name], 1 - share))
+        for name, gate in gates(dyn).items():
+            gate.bias.fill_(-_between(torch.logit(trace.probabilities[name].double()).flatten(), share))
+    return float(dyn.trace(x).cost.mean())
+
+
+def _between(values: Tensor, share: float) -> float:
+    ordered = values.flatten().sort().values
+    cut = min(max(round(share * len(ordered)), 1), len(ordered) - 1)
+    return float((ordered[cut - 1].double() + ordered[cut].double()) / 2)
+
+
+def session(path: Path) -> Any:
+    """A file in onnxruntime, one thread."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def stream(loaded: Any, x: Tensor, batch: int) -> Callable[[], None]:
+    """All inputs through a session, a batch after the other."""
+    name = loaded.get_inputs()[0].name
+    parts = [part.numpy() for part in x.split(batch)]
+
+    def run() -> None:
+        for part in parts:
+            loaded.run(None, {name: part})
+
+    return run
+
+
+def measure(report: Report, name: str, case: Case, folder: Path, *, rounds: int) -> None:
+    """Add a case's table and targets."""
+    model, dyn = case.dynamic()
+    x = torch.randn(32, *case.shape, generator=torch.Generator().manual_seed(1))
+    static = folder / "static.onnx"
+    example = torch.randn(3, *case.shape)
+    shapes = ({0: torch.export.Dim.DYNAMIC},)
+    torch.onnx.export(model, (example,), static, dynamo=True, opset_version=20, dynamic_shapes=shapes, verbose=False)
+    for batch, routing in ROUTINGS.items():
+        calls = {"static": stream(session(static), x, batch)}
+        counted = {"static": 1.0}
+        for what, share in (("full depth", 0.0), ("a half decides", 0.5), ("a quarter decides", 0.25)):
+            counted[what] = settle(dyn, x, share)
+            path = dc.export(dyn, folder / "dynamic.onnx", routing=routing)  # type: ignore[arg-type]
+            calls[what] = stream(session(path), x, batch)
+        times = take_turns(calls, rounds=rounds)
+        report.tables.append(_table(f"{name}, batch {batch}, routing {routing!r}", times, counted, len(x) // batch))
+        over = times["full depth"].over(times["static"])
+        spread = {"low": over.low, "high": over.high}
+        title = f"{name}, batch {batch}"
+        report.targets.append(Target(what=f"{title}: full depth over static", found=over.value, bound=DEPTH, **spread))
+        for what in list(counted)[2:]:
+            saved = times[what].over(times["static"]).map(partial(realised_saving, counted[what]))
+            what_ = f"{title}: realised over counted saving, {what}"
+            spread = {"low": saved.low, "high": saved.high}
+            report.targets.append(Target(what=what_, found=saved.value, bound=SAVING, at_least=True, **spread))
+
+
+def _table(title: str, times: dict[str, Timing], counted: dict[str, float], calls: int) -> Table:
+    table = Table(title=title, columns=["what runs", "counted cost", "ms a call", "iqr", "over static"], rows=[])
+    for what, timing in times.items():
+        over = timing.over(times["static"]).value
+        table.rows.append([what, counted[what], 1e3 * timing.median / calls, 1e3 * timing.iqr / calls, over])
+    return table
+
+
+@torch.no_grad()
+def compare(report: Report, folder: Path, *, count: int) -> None:
+    """Outputs and decisions of a file on real images, against the lowered model and the dynamic one."""
+    from dyncompile.demo.datasets import load
+    from dyncompile.exporting.checking import differences, running
+
+    case = Case(
+        build=lambda: ResNet(8, width=8, in_channels=1), passes=[LayerSkip(), EarlyExit(exits=2)], shape=(1, 8, 8)
+    )
+    images = load("digits", seed=0, shape=case.shape)
+    x = torch.cat([images.train.tensors[0], images.test.tensors[0]])[:count]
+    _, dyn = case.dynamic()
+    settle(dyn, x, 0.5)
+    fast = dc.lower(dyn, backend="eager", decline=False)
+    table = Table(title=f"{len(x)} real images", columns=["routing", "largest difference", "what differs"], rows=[])
+    for routing in ("sample", "batch"):
+        path = dc.export(dyn, folder / "digits.onnx", routing=routing, decisions=True)  # type: ignore[arg-type]
+        loaded = session(path)
+        found = running(loaded)({loaded.get_inputs()[0].name: x.numpy()})
+        off = float((torch.from_numpy(found["output"]) - fast(x)).abs().max())
+        table.rows.append([routing, off, differences(found, dyn, [x]) or "nothing"])
+        what = f"{len(x)} real images, {routing}: difference from the lowered model"
+        report.targets.append(Target(what=what, found=off, bound=1e-4))
+    report.tables.append(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="JSON file to write, and Markdown beside it")
+    parser.add_argument("--quick", action="store_true", help="tiny models: does it run?")
+    parser.add_argument("--digits", action="store_true", help="compare on real images instead")
+    parser.add_argument("--case", action="append", help="only these", choices=[*FULL, *QUICK])
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    harness.keep_memory()
+    command = shlex.join(["python", "-m", "benchmarks.export", *sys.argv[1:]])
+    report = Report(command=command, machine=harness.machine("cpu"), settings={"rounds": options.rounds})
+    with tempfile.TemporaryDirectory() as folder:
+        if options.digits or options.quick:
+            compare(report, Path(folder), count=100 if options.quick else 1000)
+        if not options.digits:
+            for name, case in (QUICK if options.quick else FULL).items():
+                if not options.case or name in options.case:
+                    measure(report, name, case, Path(folder), rounds=2 if options.quick else options.rounds)
+                    print(report.tables[-2].markdown(), report.tables[-1].markdown(), sep="\n\n", flush=True)
+    print(report.outcome().markdown())
+    if options.out:
+        report.write(options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Programs of torch: they load without dyncompile, run an arm where a sample needs it, and compute the same."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_exporting import converted, example
+from test_frame_skip import STEPS, WIDTH, Reader
+
+import dyncompile as dc
+from dyncompile.passes.frame_skip import FrameSkip
+
+# A process in which dyncompile cannot be imported.
+ALONE = """
+import sys
+sys.modules["dyncompile"] = None
+import torch
+path, data = sys.argv[1:]
+cases = torch.load(data)
+if path.endswith(".aoti.pt2"):
+    call = torch._inductor.aoti_load_package(path)
+else:
+    program = torch.export.load(path)
+    call = program.module()
+    seen = set()
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes:
+            assert "dyncompile" not in str(node.target), node
+            seen.add(str(node.target))
+    assert "cond" in seen, seen
+for inputs, wanted in cases:
+    with torch.no_grad():
+        torch.testing.assert_close(call(*inputs), wanted, rtol=1e-4, atol=1e-5)
+"""
+
+
+def check_alone(dyn, inputs, path):
+    dc.export(dyn, path)
+    with torch.no_grad():
+        cases = [(given, dyn(*given)) for given in map(inputs, (1, 2, 7))]
+    torch.save(cases, path.with_suffix(".data"))
+    run = subprocess.run(
+        [sys.executable, "-c", ALONE, str(path), str(path.with_suffix(".data"))],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "chain"), [("images", "layer_skip-early_exit"), ("images", "channel_gate"), ("vectors", "neuron_gate")]
+)
+def test_it_loads_without_dyncompile(kind, chain, tmp_path):
+    check_alone(converted(kind, chain), lambda n: example(kind, n), tmp_path / "model.pt2")
+
+
+@pytest.mark.parametrize("reads", ["input", "state"])
+def test_steps_are_left_out_where_nobody_keeps_them(reads, tmp_path):
+    torch.manual_seed(0)
+    model = Reader(batch_first=True).eval()
+    dyn = dc.dynamize(model, FrameSkip(reads=reads), example_inputs=torch.randn(2, STEPS, WIDTH)).eval()
+    dyn.gates["frames0"].enabled.fill_(True)
+    dyn.gates["frames0"].offset.zero_()
+    check_alone(dyn, lambda n: (torch.randn(n, STEPS, WIDTH),), tmp_path / "model.pt2")
+
+
+@pytest.mark.slow
+def test_it_compiles_ahead_of_time(tmp_path):
+    check_alone(converted("images", "early_exit"), lambda n: example("images", n), tmp_path / "model.aoti.pt2")

@@ -39,7 +39,8 @@ def dyncompile_backend(
         options: As for inductor, whose settings they are.
     """
     if not any(node.op == "call_function" and node.target in _DECIDING for node in gm.graph.nodes):
-        return _dense(gm, example_inputs, mode, options)
+        dense: Compiled = _dense(gm, example_inputs, mode, options)
+        return dense
     return _Skipping(gm, example_inputs, mode, options)
 
 
@@ -68,7 +69,7 @@ class _Skipping:
         self.weights = [i for i, n in enumerate(placeholders) if _is_weight(n)]
         sizes = {i for i, value in enumerate(example_inputs) if not isinstance(value, Tensor)}
         self.data = [i for i in range(len(placeholders)) if i not in sizes and i not in set(self.weights)]
-        self.versions: list[int] = []
+        self.versions: list[int] | None = None
 
     def __call__(self, *args: Any) -> Any:
         wanted = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
@@ -102,9 +103,10 @@ class _Skipping:
             graph = capture(module, inputs, prediction=str(first))
             dyn = DynamicModule(graph, describe(graph, module, "torch.compile")).eval()
             self.lowered = lower(dyn, cudagraphs=self.mode == "reduce-overhead")
-        except DyncompileError as error:
+        except Exception as error:  # noqa: BLE001 - whatever torch raises on a graph that is tied to a size
             self.refused = True
-            warnings.warn(f"backend 'dyncompile' compiles densely: {error}", stacklevel=2)
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            warnings.warn(f"backend 'dyncompile' compiles densely: {reason}", stacklevel=2)
 
 
 def _is_weight(node: fx.Node) -> bool:
@@ -116,9 +118,10 @@ def _is_weight(node: fx.Node) -> bool:
 def _closed(gm: fx.GraphModule, weights: list[int], data: list[int], args: tuple[Any, ...]) -> fx.GraphModule:
     """A graph with its weights as attributes and its sizes read off its tensors: a module of the data alone."""
     root = nn.Module()
-    for name, value in (*gm.named_parameters(), *gm.named_buffers(), *gm.named_children()):
-        if "." not in name:
-            setattr(root, name, value) if isinstance(value, nn.Module) else root.register_buffer(name, value.detach())
+    for name, child in gm.named_children():
+        root.add_module(name, child)
+    for name, tensor in (*gm.named_parameters(recurse=False), *gm.named_buffers(recurse=False)):
+        root.register_buffer(name, tensor.detach())
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 import dyncompile as dc
-from dyncompile.shapes import flop_counter
 
 
 class Written(nn.Module):
@@ -85,7 +85,7 @@ def test_a_converted_model(device):
     dyn.exits.exit0.enabled.fill_(True)
     with torch.no_grad():
         dyn.exits.exit0.threshold.fill_(dyn.trace(x).confidence["exit0"].median())
-        found = torch.compile(dyn, backend="dyncompile", dynamic=True)(x)
+        found = torch.compile(dyn, backend="dyncompile")(x)
     torch.testing.assert_close(found, dyn(x), rtol=1e-4, atol=1e-5)
 
 
@@ -105,6 +105,7 @@ def test_without_a_select_it_is_inductor(device):
     torch._dynamo.reset()
     model = nn.Linear(4, 2).to(device)
     x = torch.randn(3, 4, device=device)
-    with torch.no_grad(), flop_counter() as counter:
+    counters.clear()
+    with torch.no_grad():
         torch.testing.assert_close(torch.compile(model, backend="dyncompile")(x), model(x))
-    assert counter.get_total_flops() > 0
+    assert counters["stats"]["unique_graphs"] == 1

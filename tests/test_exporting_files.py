@@ -160,14 +160,18 @@ def test_what_differs_leaves_what_was_there(dyn, tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_exported_is_refused(dyn, tmp_path):
+    (tmp_path / "notes.txt").write_text("keep me")
     for path, options, why in (
         ("model.onnx", {"routing": "stages"}, "a folder for routing='stages'"),
         ("folder", {}, r"else \*\.onnx"),
         ("model.onnx", {"routing": "rows"}, "found 'rows'"),
         ("model.pt2", {"decisions": True}, "only ONNX files"),
+        ("model.pt2", {"routing": "stages"}, "a folder for routing='stages'"),
+        ("", {"routing": "stages"}, "a folder of something else"),
     ):
         with pytest.raises(ArgumentError, match=why):
             dc.export(dyn, tmp_path / path, **options)
+    (tmp_path / "notes.txt").unlink()
     with pytest.raises(ArgumentError, match="what `dyncompile.dynamize` returned"):
         dc.export(nn.Linear(2, 2), tmp_path / "model.onnx")
     with pytest.raises(LoweringError, match="training mode"):

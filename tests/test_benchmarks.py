@@ -44,6 +44,21 @@ def test_gates_are_measured_beside_the_static_forms(tmp_path, device):
     assert len(report.targets) == 4
 
 
+@pytest.mark.slow
+def test_exported_files_are_measured_beside_the_static_export(tmp_path):
+    out = tmp_path / "export.json"
+    command = [sys.executable, "-m", "benchmarks.export", "--quick", "--out", str(out)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+    assert run.returncode == 0, run.stderr
+    report = Report.model_validate_json(out.read_text())
+    compared, *tables = report.tables
+    assert [row[2] for row in compared.rows] == ["nothing", "nothing"]
+    assert len(tables) == 4
+    for table in tables:
+        costs = {row[0]: row[1] for row in table.rows}
+        assert costs["a half decides"] < costs["a quarter decides"] < 1 <= costs["full depth"]
+
+
 def test_turns_are_paired_and_contexts_are_entered_once_a_round():
     entered, called = [], []
 

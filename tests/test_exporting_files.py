@@ -16,6 +16,8 @@ from torch import nn
 
 import dyncompile as dc
 from dyncompile.cli import main
+from dyncompile.demo.datasets import load
+from dyncompile.demo.models import ResNet
 from dyncompile.errors import ArgumentError, ExportError, LoweringError
 from dyncompile.exporting import checking, files, set_knobs
 from dyncompile.exporting.stages import StagedModel
@@ -158,14 +160,18 @@ def test_what_differs_leaves_what_was_there(dyn, tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_exported_is_refused(dyn, tmp_path):
+    (tmp_path / "notes.txt").write_text("keep me")
     for path, options, why in (
         ("model.onnx", {"routing": "stages"}, "a folder for routing='stages'"),
         ("folder", {}, r"else \*\.onnx"),
         ("model.onnx", {"routing": "rows"}, "found 'rows'"),
         ("model.pt2", {"decisions": True}, "only ONNX files"),
+        ("model.pt2", {"routing": "stages"}, "a folder for routing='stages'"),
+        ("", {"routing": "stages"}, "a folder of something else"),
     ):
         with pytest.raises(ArgumentError, match=why):
             dc.export(dyn, tmp_path / path, **options)
+    (tmp_path / "notes.txt").unlink()
     with pytest.raises(ArgumentError, match="what `dyncompile.dynamize` returned"):
         dc.export(nn.Linear(2, 2), tmp_path / "model.onnx")
     with pytest.raises(LoweringError, match="training mode"):
@@ -229,6 +235,29 @@ def test_thresholds_are_set_or_nothing_is(dyn, tmp_path, capsys):
         main(["set-threshold", str(path), "exit1=0.8", "exit0.enabled=false"])
     assert "exits.exit1.threshold = 0.8" in capsys.readouterr().out
     assert set_knobs(path, {})["exits.exit0.enabled"] is False
+
+
+@pytest.mark.parametrize("routing", ["sample", "batch", "stages"])
+def test_a_thousand_real_images_are_decided_as_the_lowered_model_does(routing, tmp_path, needs):
+    needs("sklearn")
+    images = load("digits", seed=0, shape=(1, 8, 8))
+    x = torch.cat([images.train.tensors[0], images.test.tensors[0]])[:1000]
+    torch.manual_seed(0)
+    model = ResNet(8, width=8, in_channels=1).eval()
+    dyn = dc.dynamize(model, ["layer_skip", "early_exit"], example_inputs=x[:3]).eval()
+    for module in (*dyn.exits.values(), *dyn.gates.values()):
+        module.enabled.fill_(True)
+    settle(dyn, (x,))
+    path = tmp_path / ("stages" if routing == "stages" else "model.onnx")
+    dc.export(dyn, path, routing=routing, decisions=True)
+    inputs = {"x": x.numpy()}
+    found = StagedModel(path)(**inputs) if routing == "stages" else checking.running(checking.session(path))(inputs)
+    assert not checking.differences(found, dyn, [x])
+    fast = dc.lower(dyn, backend="eager", decline=False)
+    torch.testing.assert_close(torch.from_numpy(found["output"]), fast(x), rtol=1e-4, atol=1e-5)
+    ran = {name: int((found[f"decisions.{name}"] >= 0).sum()) for name in dyn.exits}
+    assert len(x) == ran["exit0"] > min(ran.values()) > 0
+    assert len(set(found["exit"].tolist())) > 1
 
 
 def test_nothing_is_imported_before_it_is_used():

@@ -60,6 +60,7 @@ def compare(run: Run, dyn: DynamicModule) -> None:
         inputs = dyn.examples(batch)
         names = dyn.graph.signature.names
         try:
+            # numpy has no bfloat16, and then the processor's runtime has not either.
             found = run({name: t.cpu().numpy() for name, t in zip(names, inputs, strict=True)})
         except Exception as error:
             raise ExportError(f"the exported model fails at batch size {batch}: {error}") from error

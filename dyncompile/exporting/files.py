@@ -63,17 +63,20 @@ def export(
     if routing not in _ROUTINGS:
         raise ArgumentError("routing", found=repr(routing), expected=f"one of {_ROUTINGS}")
     path = Path(path)
+    if (path.suffix in (".onnx", ".pt2")) == (routing == "stages"):
+        expected = "a folder for routing='stages', else *.onnx, *.pt2 or *.aoti.pt2"
+        raise ArgumentError("path", found=f"{path} with routing={routing!r}", expected=expected)
+    _check_free(path, folder=routing == "stages")
     if path.suffix == ".pt2":
         from dyncompile.exporting.programs import export_program
 
         if decisions:
             raise ArgumentError("decisions", found="True", expected="False: only ONNX files have them as outputs")
+        plain = lower(dyn, backend="eager", decline=False)
         with staged(path) as draft:
-            export_program(dyn, draft, compiled=path.name.endswith(".aoti.pt2"))
+            metadata = _metadata(dyn, plain, "batch", calibration)
+            export_program(plain, draft, metadata, compiled=path.name.endswith(".aoti.pt2"))
         return path
-    if (path.suffix == ".onnx") == (routing == "stages"):
-        expected = "a folder for routing='stages', else *.onnx, *.pt2 or *.aoti.pt2"
-        raise ArgumentError("path", found=f"{path} with routing={routing!r}", expected=expected)
     for module in ("onnx", "onnx_ir", "onnxscript", "onnxruntime"):
         require(module, extra="export")
     plain = lower(dyn, backend="eager", decline=False)
@@ -86,6 +89,18 @@ def export(
         else:
             _write(plain, draft, metadata, routing, decisions=decisions)
     return path
+
+
+def _check_free(path: Path, *, folder: bool) -> None:
+    """Refuse to replace a folder that `export` did not write, or a file by a folder."""
+    if path.is_dir():
+        from dyncompile.exporting.stages import MANIFEST
+
+        if not folder or (any(path.iterdir()) and not (path / MANIFEST).is_file()):
+            expected = "a new path, or a folder that export wrote"
+            raise ArgumentError("path", found=f"{path}, a folder of something else", expected=expected)
+    elif folder and path.exists():
+        raise ArgumentError("path", found=f"{path}, a file", expected="a folder for routing='stages'")
 
 
 def _write(
@@ -141,9 +156,15 @@ def staged(path: Path) -> Iterator[Path]:
         for part in draft.iterdir():
             if part.name != path.name:
                 part.replace(path.parent / part.name)
+        before = draft / "before"
         if path.is_dir():
-            path.replace(draft / "before")
-        (draft / path.name).replace(path)
+            path.replace(before)
+        try:
+            (draft / path.name).replace(path)
+        except OSError:
+            if before.is_dir():
+                before.replace(path)
+            raise
         for part in stale:
             part.unlink()
     finally:

@@ -14,7 +14,7 @@ from dyncompile.exporting.pieces import exportable, quiet
 from dyncompile.exporting.recurrent import ConditionalAgent, ConditionalLayer, SequenceLayer
 from dyncompile.exporting.rows import inside
 from dyncompile.graph import attribute, spec
-from dyncompile.lowering import lower
+from dyncompile.lowering import LoweredModule
 from dyncompile.lowering.plan import Block, Conditional, Plan, Segment, segment_module
 from dyncompile.module import DynamicModule
 from dyncompile.nn.recurrent import DroppingLayer
@@ -26,18 +26,19 @@ _INDUCTOR = {
 }
 
 
-def export_program(dyn: DynamicModule, path: Path, *, compiled: bool) -> None:
+def export_program(plain: LoweredModule, path: Path, metadata: dict[str, str], *, compiled: bool) -> None:
     """Write a program, load it again, and compare.
 
     Args:
-        dyn: The dynamic model, in eval mode.
+        plain: The lowered model.
         path: Where to.
+        metadata: Saved beside the program, as extra files; AOTInductor's packages have no place for it.
         compiled: Compile it by AOTInductor, else save what `torch.export` gives.
 
     Raises:
         ExportError: torch cannot export or compile it, or it computes something else.
     """
-    plain = lower(dyn, backend="eager", decline=False)
+    dyn = plain.dynamic
     program = _exported(plain.plan, dyn)
     try:
         if compiled:
@@ -45,7 +46,7 @@ def export_program(dyn: DynamicModule, path: Path, *, compiled: bool) -> None:
                 torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=_INDUCTOR)
             call: Callable[..., Any] = torch._inductor.aoti_load_package(str(path))
         else:
-            torch.export.save(program, path)
+            torch.export.save(program, path, extra_files=metadata)
             call = torch.export.load(path).module()
     except Exception as error:
         raise ExportError(f"torch cannot write the program: {_first(error)}") from error

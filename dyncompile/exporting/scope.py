@@ -100,8 +100,9 @@ class Scope:
         onnxruntime blocks and packs only those weights of a convolution that lie in the convolution's own graph.
         """
         constants = self.constants
-        used: set[str] = {v.name or "" for v in self.graph.inputs} if self.graph else set()
-        used.update(self.graph.initializers if self.graph else ())
+        graph = self.graph
+        assert graph is not None
+        used = {v.name or "" for v in (*graph.inputs, *graph.outputs)} | set(graph.initializers)
         for key, readers in constants.readers.items():
             tensor = constants.tensors[key]
             homes = set(readers) if tensor.nbytes <= _SMALL else {_common(readers)}

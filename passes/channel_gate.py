@@ -132,9 +132,9 @@ class ChannelGate(Pass):
             first = group.producers[0]
             if first in chosen:
                 producers = [other.producers[0].name for other in chosen[first]]
-                data = (
-                    {"groups": producers} if self._each else {"groups": producers, "parts": self._parts(chosen[first])}
-                )
+                data: dict[str, Any] = {"groups": producers}
+                if not self._each:
+                    data["parts"] = self._parts(chosen[first])
                 yield Site(name=names[first], node=first.name, data=data)
             elif first not in covered:
                 yield Refusal(node=first.name, reason=reasons[first] or self._overlap(graph, group, taken, names))
@@ -150,10 +150,10 @@ class ChannelGate(Pass):
         together = [group] if reasons[group.producers[0]] is None else []
         while together:
             yield list(together)
-            readers = {layer for one in together for layer in one.consumers}
-            follows = [g for g in groups if g not in together and readers.intersection(g.producers)]
             if len(together) == (1 if self._each else self.chain):
                 return
+            readers = {layer for one in together for layer in one.consumers}
+            follows = [g for g in groups if g not in together and readers.intersection(g.producers)]
             legal = [g for g in follows if self._refuse(graph, [*together, g]) is None]
             if not legal:
                 return
@@ -179,7 +179,8 @@ class ChannelGate(Pass):
         if reason := obstacle(graph, found) or (unmasked(graph, found) if self._each else None):
             return reason
         if not self._parts(groups):
-            return f"{groups[0].parts} parts are too few for levels {list(self.levels)}"
+            wanted = f"keep={self.keep}" if self._each else f"levels {list(self.levels)}"
+            return f"{groups[0].parts} parts are too few for {wanted}"
         try:
             columns = groups[0].parts if self._each else 2
             cost = module_flops(lambda: self._policy(graph, found.source, columns), self._inputs(graph, found.source))

@@ -261,8 +261,10 @@ class _Entry(nn.Module):
         if isinstance(segment, fx.GraphModule):
             for node in segment.graph.find_nodes(op="call_function", target=torch.ops.aten.conv2d.default):
                 weight: Any = node.args[1]
-                if weight.op == "get_attr" and operator.attrgetter(str(weight.target))(segment).shape[1] == 1:
-                    node.target = _convolve_one if (*node.args, *[1] * 7)[6] == 1 else node.target
+                groups = node.args[6] if len(node.args) > 6 else 1
+                frozen = weight.op == "get_attr"
+                if groups == 1 and frozen and operator.attrgetter(str(weight.target))(segment).shape[1] == 1:
+                    node.target = _convolve_one
             segment.recompile()
         for owner in list(segment.modules()):
             if isinstance(owner, _OneChannelConv | _SmallLinear):
@@ -311,6 +313,7 @@ def _convolve_one(
     dilation: Any = 1,
     _: int = 1,
 ) -> Tensor:
+    """`conv2d` of one channel, for `_OneChannelConv` and where a model calls the function itself; of one group."""
     wide = nn.functional.pad(x, (0, 0, 0, 0, 0, 1)).contiguous(memory_format=torch.channels_last)
     weight = nn.functional.pad(weight, (0, 0, 0, 0, 0, 1))
     return nn.functional.conv2d(wide, weight, bias, stride, padding, dilation)

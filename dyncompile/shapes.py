@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dyncompile.capture.canonical import where
 from dyncompile.capture.recurrent import RecurrentLayer
 from dyncompile.errors import MixedSamplesError
+from dyncompile.ops import arms_of, check_arms, is_select
 
 _PROBES = (3, 5)
 
@@ -112,6 +113,7 @@ class _Probe(fx.Interpreter):
 
     def __init__(self, root: nn.Module, graph: fx.Graph, batch: int, *, count: bool) -> None:
         super().__init__(root, garbage_collect_values=False, graph=graph)
+        self.extra_traceback = False  # it would be written into the text of errors for the user
         self.device = next((t.device for t in root.parameters()), torch.device("cpu"))
         self.batch = batch
         self.count = count
@@ -137,6 +139,9 @@ class _Probe(fx.Interpreter):
         )
 
     def _found(self, n: fx.Node) -> Any:
+        if is_select(n):
+            # Operators broadcast; lowering runs one arm in place of the other.
+            check_arms([self.env[arm] for arm in arms_of(n)])
         if not self.count:
             return super().run_node(n)
         with flop_counter() as counter:

@@ -75,6 +75,10 @@ class InvalidExportError(ExportError):
     """The exported file does not run, or does not compute what the model does."""
 
 
+class BaselineError(DyncompileError):
+    """The baseline of a check is missing, corrupt or too new."""
+
+
 class RecipeError(DyncompileError):
     """A saved model is corrupt, truncated, too new or made for another model."""
 

@@ -182,7 +182,7 @@ def _checked(dyn: DynamicModule, shares: Shares, kinds: Mapping[str, _Kind]) -> 
     for name, share in given.items():
         if name not in kinds:
             raise ArgumentError("shares", found=repr(name), expected=f"names among {list(kinds)}")
-        if name in _within(dyn):
+        if name in made_within(dyn):
             found = f"{name!r}, whose agent reads the state that its own decisions make"
             raise ArgumentError("shares", found=found, expected="a decision that is made ahead")
         if why := _unfit(share, kinds[name].arms):
@@ -194,8 +194,8 @@ def _checked(dyn: DynamicModule, shares: Shares, kinds: Mapping[str, _Kind]) -> 
     return given
 
 
-def _within(dyn: DynamicModule) -> set[str]:
-    """Decisions that are made inside of what they control."""
+def made_within(dyn: DynamicModule) -> set[str]:
+    """Decisions that are made inside of what they control, and cannot be forced."""
     nodes = dyn.graph.fx.nodes
     return {name for n in nodes if (name := stands_in(n)) and isinstance(dyn.graph.module_of(n), Gate)}
 

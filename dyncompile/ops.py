@@ -241,11 +241,9 @@ def check_arms(arms: list[Tensor]) -> None:
     """
     for number, arm in enumerate(arms[1:], start=1):
         if arm.shape != arms[0].shape or arm.dtype != arms[0].dtype:
-            raise ArgumentError(
-                "arms",
-                found=f"{list(arms[0].shape)} {arms[0].dtype} in arm 0 and {list(arm.shape)} {arm.dtype} in arm {number}",
-                expected="one shape and dtype in every arm of a `select` or `switch`",
-            )
+            shown = [f"{list(a.shape)} {a.dtype}" for a in (arms[0], arm)]
+            found = f"{shown[0]} in arm 0 and {shown[1]} in arm {number}"
+            raise ArgumentError("arms", found=found, expected="one shape and dtype in every arm of a select or switch")
 
 
 def is_select(node: fx.Node) -> bool:

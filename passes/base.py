@@ -177,7 +177,7 @@ def _load(entry: importlib.metadata.EntryPoint) -> tuple[type[Pass] | None, str]
     """What an entry point names, or why it is no pass."""
     try:
         kind = entry.load()
-    except Exception as error:  # what a package raises when it is imported can be anything
+    except Exception as error:  # noqa: BLE001 - what a package raises when it is imported can be anything
         return None, f"`{entry.value}` cannot be loaded ({type(error).__name__}: {error})"
     if not (isinstance(kind, type) and issubclass(kind, Pass)):
         return None, f"`{entry.value}` is no subclass of dyncompile.passes.Pass"

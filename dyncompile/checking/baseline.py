@@ -1,4 +1,4 @@
-"""The committed baseline: where passes rewrite a model, and what each region costs; differences are told site by site."""
+"""The committed baseline: where passes rewrite a model, and what each region costs; and in what a model differs."""
 
 import json
 import os
@@ -165,7 +165,7 @@ def snapshot(dyn: DynamicModule) -> Snapshot:
 
     model = cost_model(dyn.graph.fx)
     regions = [region.name for region in model.regions]
-    shares = {name: 0.0 for name in regions}
+    shares = dict.fromkeys(regions, 0.0)
     for name, weight in zip(regions, model.weights, strict=True):
         shares[name] += float(weight)
     steps = dyn.recipe.steps
@@ -192,14 +192,15 @@ def differences(now: Snapshot, before: Snapshot) -> list[str]:
     ]
     found += _moved(_keyed(now.sites), _keyed(before.sites))
     refused, then = _keyed(now.refused), _keyed(before.refused)
+    changes: dict[tuple[str, str], list[str]] = {}
     for key in dict.fromkeys((*then, *refused)):
         new, old = refused.get(key), then.get(key)
-        if old is None and new is not None:
-            found.append(f"`{new.strategy}` now refuses {new.where}: {new.reason}")
-        elif new is None and old is not None:
-            found.append(f"`{old.strategy}` no longer refuses {old.where}")
-        elif new is not None and old is not None and new.reason != old.reason:
-            found.append(f"`{new.strategy}` refuses {new.where} for another reason: {new.reason}; it was: {old.reason}")
+        if new is None and old is not None:
+            changes.setdefault((f"`{old.strategy}` no longer refuses", ""), []).append(old.where)
+        elif new is not None and (old is None or new.reason != old.reason):
+            what = "now refuses" if old is None else "refuses for another reason"
+            changes.setdefault((f"`{new.strategy}` {what}", f": {new.reason}"), []).append(new.where)
+    found += [f"{what} {', '.join(places)}{reason}" for (what, reason), places in changes.items()]
     for name in dict.fromkeys((*before.shares, *now.shares)):
         share, was = now.shares.get(name), before.shares.get(name)
         if share is None or was is None:
@@ -220,8 +221,8 @@ def _moved(now: dict[str, Place], before: dict[str, Place]) -> list[str]:
             found.append(f"`{site.name}` at {site.where} has {site.data}; it had {was.data}")
     new = {(site.strategy, site.name): site for key, site in now.items() if key not in kept}
     gone = {(site.strategy, site.name): site for key, site in before.items() if key not in kept}
-    for key in (key for key in gone if key in new):
-        found.append(f"`{key[1]}` moved from {gone[key].where} to {new[key].where}")
+    both = [(gone[place], new[place]) for place in gone if place in new]
+    found += [f"`{was.name}` moved from {was.where} to {site.where}" for was, site in both]
     found += [f"`{site.name}` is gone; it was at {site.where}" for key, site in gone.items() if key not in new]
     found += [f"`{site.name}` is new, at {site.where}" for key, site in new.items() if key not in gone]
     return found

@@ -174,7 +174,8 @@ def skips_as_planned(fast: LoweredModule, runs: Sequence[Run]) -> str:
         return "; ".join(f"`{name}` skips nothing, since {why}" for name, why in fast.plan.dense.items())
     for run in runs:
         if abs(run.flops - run.planned) > _ROUNDING * run.planned:
-            counts = f"{run.flops / 1e6:.3f} MFLOPs ran and {run.planned / 1e6:.3f} are planned (all: {run.dense / 1e6:.3f})"
+            ran, planned, dense = (f"{flops / 1e6:.3f}" for flops in (run.flops, run.planned, run.dense))
+            counts = f"{ran} MFLOPs ran and {planned} are planned, of {dense} if nothing is skipped"
             return f"{counts}, at batch size {run.batch} with {run.decided}"
     if not any(run.planned < run.dense * (1 - _ROUNDING) for run in runs):
         return "no decision saves any operation: is what an arm alone needs computed outside of it too?"

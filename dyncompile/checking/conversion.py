@@ -1,8 +1,9 @@
-"""The checks of one conversion, from capture to baseline, in order; what cannot be checked after a failure is skipped."""
+"""The checks of one conversion, from capture to export; what cannot be made after a failure is skipped."""
 
 import copy
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -104,9 +105,15 @@ def check(
         else:
             report.results.append(first)
         if captured is not None:
-            course.convert(copy.deepcopy(captured), passes)
+            course.convert(_copied(captured), passes)
         course.skip_rest()
         yield report
+
+
+def _copied(captured: tuple[Graph, Recipe]) -> tuple[Graph, Recipe]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, of how it copies the structure of arguments
+        return copy.deepcopy(captured)
 
 
 class _Course:
@@ -117,7 +124,7 @@ class _Course:
 
     def convert(self, captured: tuple[Graph, Recipe], passes: Sequence[Pass]) -> None:
         graph, recipe = captured
-        static = DynamicModule(copy.deepcopy(graph), recipe.model_copy(deep=True))
+        static = DynamicModule(*_copied(captured))
         dyn = self.make(REWRITES, lambda: rewrite(graph, recipe, passes))
         if dyn is None:
             return
@@ -160,7 +167,7 @@ class _Course:
             name, message = BIRTH, str(error)
         except DyncompileError as error:
             message = str(error)
-        except Exception as error:  # what a pass or a model of others raises can be anything
+        except Exception as error:  # noqa: BLE001 - what a pass or a model of others raises can be anything
             message = f"{type(error).__name__}: {error}"
         self.note(name, status, message, start)
         return made
@@ -206,6 +213,6 @@ def compare(report: Report, before: Snapshot | None, *, advice: str) -> None:
     else:
         found = differences(report.snapshot, before)
         status = "failed" if found else "passed"
-        message = "; ".join([*found, advice]) if found else ""
+        message = "\n".join([*found, advice]) if found else ""
     seconds = round(time.perf_counter() - start, 3)
     report.results.append(Result(check=SITES, status=status, message=message, seconds=seconds))

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from dyncompile.commands.arguments import Model, Option, Shape, read_example, read_model, read_passes
-from dyncompile.errors import ArgumentError, DyncompileError
+from dyncompile.errors import ArgumentError, DyncompileError, require
 
 if TYPE_CHECKING:
     from dyncompile.checking import Baseline, Report, Settings
@@ -77,6 +77,8 @@ def check(
         settings = _settings(batch_size, backend, export=export)
         before = _baseline(baseline, update=update)
         _check_outputs(baseline, json, junit)
+        if junit is not None:
+            require("junitparser", extra="check")
         strategies = read_passes(strategy, option)
         static = read_model(model)
         inputs = _inputs(input_shape, example_inputs)

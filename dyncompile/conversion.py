@@ -59,10 +59,6 @@ def dynamize(
         >>> list(dyn.exits)
         ['exit0']
     """
-    if not isinstance(model, nn.Module):
-        raise ArgumentError("model", found=type(model).__name__, expected="a torch.nn.Module")
-    if isinstance(model, DynamicModule):
-        raise ArgumentError("model", found="a dynamic model", expected="a static one; pass all strategies at once")
     passes = resolve(strategy, options)
     graph, recipe = begin(
         model,
@@ -91,6 +87,10 @@ def begin(
     Returns:
         The graph, and the recipe without any pass yet.
     """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError("model", found=type(model).__name__, expected="a torch.nn.Module")
+    if isinstance(model, DynamicModule):
+        raise ArgumentError("model", found="a dynamic model", expected="a static one; pass all strategies at once")
     if task not in (None, "classification", "regression"):
         raise ArgumentError("task", found=repr(task), expected="'classification' or 'regression'")
     args, kwargs, origin = infer_inputs(model, example_inputs)

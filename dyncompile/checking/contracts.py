@@ -3,6 +3,7 @@
 import dataclasses
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,21 @@ def exact_at_birth(static: nn.Module, dyn: DynamicModule, batches: Sequence[int]
 
 
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool) -> list[Any]:
-    with undisturbed(model), torch.no_grad():
+    with undisturbed(model), torch.no_grad(), _no_fast_path():
         model.train(training)
         torch.manual_seed(0)
         return pytree.tree_leaves(model(*pytree.tree_map(_copied, args), **pytree.tree_map(_copied, kwargs)))
+
+
+@contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """Transformer layers of torch compute as they were captured, not in the other way they have without gradients."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _copied(value: Any) -> Any:

@@ -126,7 +126,7 @@ def test_inspect_shows_what_convert_would_do(run, model):
         (["bench", "models.py:model", "none"], "none"),
         (["demo", "--out", "."], "`out`: found ., which exists"),
         (["demo", "--data", "letters"], "`data`: found 'letters'"),
-        (["demo", "--data", "none.py:images"], "`data`: found none.py"),
+        (["demo", "--data", "none.py:images"], "`data`: found no file none.py"),
         (["demo", "--device", "abacus"], "`device`: found 'abacus'"),
         (["demo", "--depth", "19"], "`depth`: found 19; expected 6n + 2"),
     ],

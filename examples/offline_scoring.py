@@ -138,7 +138,7 @@ def main() -> None:
         torch.testing.assert_close(found["output"], dyn(x), rtol=1e-3, atol=1e-4)
     accuracy = (found["output"].argmax(1) == data.test.tensors[1][: len(x)]).float().mean().item()
     print(f"all {len(found['rows'])} of {len(x)}, in order, none twice; accuracy {accuracy:.3f}")
-    print("images by exit:", found["exit"].bincount().tolist())
+    print("images by exit, and those that took none:", found["exit"].bincount(minlength=len(dyn.exits) + 1).tolist())
 
 
 if __name__ == "__main__":

@@ -148,6 +148,19 @@ def test_stages_decide_and_compute_what_the_model_does(dyn, tmp_path):
         StagedModel(tmp_path)
 
 
+@pytest.mark.parametrize("routing", ["sample", "stages"])
+def test_an_exit_keeps_its_number_where_one_before_it_is_disabled(dyn, tmp_path, routing):
+    dyn.exits["exit0"].enabled.fill_(False)
+    path = dc.export(dyn, tmp_path / ("model.onnx" if routing == "sample" else "stages"), routing=routing,
+                     decisions=routing == "sample")  # fmt: skip
+    x = torch.randn(20, 3, 8, 8)
+    inputs = {"x": x.numpy()}
+    found = StagedModel(path)(**inputs) if routing == "stages" else checking.running(checking.session(path))(inputs)
+    left = dyn.trace(x).decisions["exit1"]
+    assert 0 < int(left.sum()) < 20
+    np.testing.assert_array_equal(found["exit"], torch.where(left, 1, 2).numpy())
+
+
 def test_what_differs_leaves_what_was_there(dyn, tmp_path, monkeypatch):
     path = tmp_path / "model.onnx"
     path.write_text("before")

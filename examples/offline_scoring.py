@@ -1,7 +1,7 @@
 """A data set scored by two processes, in input order: `python examples/offline_scoring.py`.
 
-Lightning gives each process its share of the rows, none twice; each writes what it has scored, batch by batch. A run that
-was stopped goes on with the rows that are missing. On several machines: `torchrun ... offline_scoring.py FOLDER`.
+Lightning gives each process its share of the rows, none twice; each writes what it has scored, batch by batch. A run
+that was stopped goes on with the rows that are missing. By hand: `torchrun --nproc-per-node=N ... FOLDER`.
 """
 
 import os
@@ -25,7 +25,6 @@ import dyncompile as dc
 from dyncompile.data import as_loader
 from dyncompile.demo.datasets import digits
 from dyncompile.demo.models import ResNet
-
 
 FILE = "model.onnx"
 
@@ -68,7 +67,12 @@ class Parts(BasePredictionWriter):  # type: ignore[misc]
         self.folder, self.rows = folder, rows
 
     def write_on_batch_end(
-        self, trainer: Trainer, module: Any, prediction: dict[str, Tensor], batch_indices: Sequence[int], *_: Any
+        self,
+        trainer: Trainer,  # noqa: ARG002 - Lightning's signature
+        module: LightningModule,  # noqa: ARG002
+        prediction: dict[str, Tensor],
+        batch_indices: Sequence[int],
+        *_: Any,
     ) -> None:
         """A file that is complete has its name; what was cut off while it was written has not."""
         rows = self.rows[list(batch_indices)]
@@ -100,10 +104,16 @@ def score(folder: Path, *, batches: int | None = None) -> None:
     rows = missing.nonzero().view(-1)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     trainer = Trainer(
-        accelerator="cpu", devices=processes, strategy="ddp" if processes > 1 else "auto", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, limit_predict_batches=batches,
+        accelerator="cpu",
+        devices=processes,
+        strategy="ddp" if processes > 1 else "auto",
         callbacks=[Parts(folder, rows)],
-    )  # fmt: skip
+        limit_predict_batches=batches,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     loader = DataLoader(Subset(data, rows.tolist()), batch_size=32)
     trainer.predict(Scorer(folder / FILE), loader, return_predictions=False)
 

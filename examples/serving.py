@@ -1,7 +1,7 @@
-"""A model that leaves early, behind a server that batches what arrives: `python examples/serving.py` (`pip install mosec`).
+"""A model that leaves early, behind a server that batches: `pip install mosec`, `python examples/serving.py`.
 
-The model is trained, converted, calibrated and exported; mosec collects single requests into batches; onnxruntime routes
-each sample of a batch. The server's process needs onnxruntime and mosec, neither torch nor dyncompile.
+The model is trained, converted, calibrated and exported; mosec collects single requests into batches; onnxruntime
+routes each sample of a batch. The server's process needs onnxruntime and mosec, neither torch nor dyncompile.
 """
 
 import contextlib

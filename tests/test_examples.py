@@ -55,13 +55,20 @@ def test_a_server_ends_with_what_it_was_started_for(serving, tmp_path, device):
     dyn.exits.exit0.enabled.fill_(True)
     path = dc.export(dyn, tmp_path / "model.onnx", decisions=True)
     x = torch.randn(1, 4, 4)
-    with pytest.raises(urllib.error.HTTPError, match="422"), serving.running(path) as url:
-        answer = serving.ask(url, x.numpy())
-        torch.testing.assert_close(torch.tensor([answer["logits"]]), dyn(x[None]), rtol=1e-4, atol=1e-5)
-        assert answer["batch"]["size"] == 1
-        serving.ask(url, torch.zeros(5).numpy())
+    urls = []
+
+    def start_and_fail():
+        with serving.running(path) as url:
+            urls.append(url)
+            answer = serving.ask(url, x.numpy())
+            torch.testing.assert_close(torch.tensor([answer["logits"]]), dyn(x[None]), rtol=1e-4, atol=1e-5)
+            assert answer["batch"]["size"] == 1
+            serving.ask(url, torch.zeros(5).numpy())
+
+    with pytest.raises(urllib.error.HTTPError, match="422"):
+        start_and_fail()
     with socket.socket() as probe:
-        assert probe.connect_ex(("127.0.0.1", int(url.rpartition(":")[2]))) != 0
+        assert probe.connect_ex(("127.0.0.1", int(urls[0].rpartition(":")[2]))) != 0
 
 
 def test_a_server_without_a_model_does_not_come_up(serving, tmp_path):

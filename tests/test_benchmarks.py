@@ -64,9 +64,8 @@ def test_exported_files_are_compared_with_the_lowered_model(tmp_path, needs):
 
     report = Report(command="", machine={}, settings={})
     equality.compare(report, {"lstm": equality.QUICK["lstm, frame_skip"]}, tmp_path, backend="eager")
-    assert [row[:3] + row[4:5] for row in report.tables[0].rows] == [
-        ["lstm", 200, 3200, r] for r in ("sample", "batch")
-    ]
+    [table] = report.tables
+    assert [(row[0], row[1], row[4]) for row in table.rows] == [("lstm", 200, r) for r in ("sample", "batch")]
     assert len(report.targets) == 4
     assert all(target.passed for target in report.targets)
     report.markdown()

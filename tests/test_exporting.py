@@ -134,6 +134,16 @@ def test_by_the_sample_no_more_runs_than_is_counted(exported, kind, chain, tmp_p
     assert flops(ran) == pytest.approx(float(trace.cost.double().sum()) * dyn.cost_model().static, rel=1e-5)
 
 
+def test_a_step_that_is_skipped_does_not_run_where_the_agent_reads_the_state(exported, tmp_path):
+    dyn, path = exported("state", "", "sample")
+    for _ in range(4):
+        inputs = example("state", 1)
+        _, ran = profiled(path, fed(dyn, inputs), tmp_path)
+        kept = int(dyn.trace(*inputs).decisions["frames0"].sum())
+        # Of the state of a cell.
+        assert sum(kind == "Tanh" for kind, _, _ in ran) == 2 * kept
+
+
 def test_frames_that_are_skipped_do_not_enter_the_backbone(exported, tmp_path):
     dyn, path = exported("frames", "", "sample")
     inputs = example("frames", 12)

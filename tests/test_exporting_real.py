@@ -66,6 +66,16 @@ def test_of_what_is_skipped_no_operation_runs(real, name, tmp_path):
         assert flops(ran) < 0.95 * batch * static
 
 
+def test_steps_that_are_skipped_do_not_enter_the_lstm(real, tmp_path):
+    dyn, x, path = real("lstm, frame_skip")
+    for batch in (1, 33):
+        part = x[-batch:]
+        kept = dyn.trace(part).decisions["frames0"].sum(1)
+        _, ran = profiled(path, {"x": part}, tmp_path)
+        assert [given[0] for kind, given, _ in ran if kind == "LSTM"] == [[int(kept.max()), batch, 16]]
+        assert 0 < int(kept.max()) < 16
+
+
 @pytest.mark.parametrize("name", QUICK)
 def test_another_threshold_is_noticed(real, name, tmp_path):
     dyn, x, path = real(name)

@@ -42,12 +42,32 @@ class StepsFirst(nn.Module):
         return x.mean(0)
 
 
+class Several(nn.Module):
+    """Recurrent layers of every kind and shape beside each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            [
+                nn.LSTM(6, 4, batch_first=True, bidirectional=True),
+                nn.GRU(6, 4, num_layers=2, batch_first=True, bidirectional=True),
+                nn.GRU(6, 4, batch_first=True, bias=False),
+                nn.RNN(6, 4, batch_first=True, nonlinearity="relu"),
+                nn.RNN(6, 4, num_layers=2, batch_first=True),
+            ]
+        )
+
+    def forward(self, x):
+        return torch.cat([layer(x)[0].mean(1) for layer in self.layers] + [self.layers[1](x)[1][-1]], 1)
+
+
 # Decisions about rows of a sample, samples along another dim, an agent that reads the state.
 MORE = {
     "tokens": (*MODELS["text"], [NeuronGate(per="token", groups=2)], {}),
     "frames": (Video, lambda n: (torch.randn(n, 5, 3, 8, 8),), [FrameSkip()], {}),
     "steps first": (StepsFirst, lambda n: (torch.randn(4, n, 8),), [LayerSkip()], {"batch_dims": {"x": 1}}),
     "state": (*MODELS["steps"], [FrameSkip(reads="state")], {}),
+    "recurrent": (Several, lambda n: (torch.randn(n, 7, 6),), [FrameSkip()], {}),
 }
 CASES = [*FIRST, *CHAINS, *((kind, "") for kind in MORE)]
 BATCHES = (1, 2, 7, 33)
@@ -124,7 +144,7 @@ def test_the_file_decides_and_computes_what_the_model_does(exported, kind, chain
                 np.testing.assert_array_equal(found[f"decisions.{name}"] >= 0, rows)
 
 
-@pytest.mark.parametrize(("kind", "chain"), [case for case in CASES if case[0] not in ("steps", "state", "frames")])
+@pytest.mark.parametrize(("kind", "chain"), [case for case in CASES if case[0] not in ("steps", "state", "frames", "recurrent")])
 def test_by_the_sample_no_more_runs_than_is_counted(exported, kind, chain, tmp_path):
     dyn, path = exported(kind, chain, "sample")
     inputs = example(kind, 33)

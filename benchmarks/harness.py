@@ -5,9 +5,12 @@ measurements holds the drift between them; that is all that it would be needed f
 """
 
 import ctypes
+import os
 import platform
 import random
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -143,6 +146,7 @@ def take_turns(
     repeats: int = 1,
     device: str = "cpu",
     within: Mapping[str, Callable[[], AbstractContextManager[None]]] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time calls in rounds, every call once a round, in an order drawn anew.
 
@@ -155,6 +159,7 @@ def take_turns(
         repeats: Calls in a row whose mean is the round's figure.
         device: Where the work is done; waited for where it is not the processor.
         within: Contexts that a call is made in, by name; to open one is not timed.
+        clock: Seconds; `time.process_time` leaves out what other programs take, where all work is the processor's.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     names, contexts = list(calls), within or {}
@@ -166,11 +171,11 @@ def take_turns(
             with contexts.get(name, nullcontext)():
                 call()
                 synchronize(device)
-                start = time.perf_counter()
+                start = clock()
                 for _ in range(repeats):
                     call()
                 synchronize(device)
-                end = time.perf_counter()
+                end = clock()
             if turn:
                 seconds[name].append((end - start) / repeats)
     return {name: Timing(seconds=found) for name, found in seconds.items()}
@@ -203,8 +208,13 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
     return low, high
 
 
+def command(name: str, arguments: Sequence[str] | None) -> str:
+    """The command line that a benchmark was started with; None: the process's own."""
+    return f"python -m benchmarks.{name} {shlex.join(sys.argv[1:] if arguments is None else arguments)}".strip()
+
+
 def machine(device: str) -> dict[str, str]:
-    """What the figures were measured on."""
+    """What the figures were measured on, and how busy it was when they were."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -214,6 +224,7 @@ def machine(device: str) -> dict[str, str]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
+        "load before": f"{os.getloadavg()[0]:.1f} processes on average over the last minute",
     }
     if device != "cpu":
         found["device"] = torch.cuda.get_device_name(device)

@@ -19,6 +19,7 @@ from typing import Any, Self
 
 import torch
 from pydantic import BaseModel, computed_field
+from torch import Tensor
 
 Call = Callable[[], object]
 
@@ -52,6 +53,22 @@ class Timing(BaseModel):
         rounds = zip(*(timing.seconds for _, timing in parts), strict=True)
         shares = [share for share, _ in parts]
         return cls(seconds=[sum(s * t for s, t in zip(shares, turn, strict=True)) for turn in rounds])
+
+
+class Stream(BaseModel):
+    """Seconds of each call on a stream of inputs: a list a round, an entry an input."""
+
+    seconds: list[list[float]]
+
+    @property
+    def mean(self) -> Timing:
+        """Seconds a call, the mean over the inputs of each round."""
+        return Timing(seconds=[statistics.fmean(turn) for turn in self.seconds])
+
+    def quantile(self, share: float) -> float:
+        """Seconds within which a share of the inputs is done; of each input the median of its rounds counts."""
+        each = sorted(statistics.median(found) for found in zip(*self.seconds, strict=True))
+        return each[min(int(share * len(each)), len(each) - 1)]
 
 
 class Ratio(BaseModel):
@@ -179,6 +196,37 @@ def take_turns(
             if turn:
                 seconds[name].append((end - start) / repeats)
     return {name: Timing(seconds=found) for name, found in seconds.items()}
+
+
+@torch.no_grad()
+def stream(
+    calls: Mapping[str, Callable[[Tensor], object]], inputs: Sequence[Tensor], *, rounds: int, device: str = "cpu"
+) -> dict[str, Stream]:
+    """Time calls on a stream of inputs in rounds, every call once a round over all inputs, in an order drawn anew.
+
+    Args:
+        calls: What to time, by name.
+        inputs: One after the other; what a call does may hang on them.
+        rounds: How many to count; one before them, in which compilers may run, is not.
+        device: Where the work is done; waited for where it is not the processor.
+    """
+    seconds: dict[str, list[list[float]]] = {name: [] for name in calls}
+    names = list(calls)
+    order = random.Random(0)
+    for turn in range(rounds + 1):
+        order.shuffle(names)
+        for name in names:
+            call, taken = calls[name], []
+            call(inputs[-1])
+            for x in inputs:
+                synchronize(device)
+                start = time.perf_counter()
+                call(x)
+                synchronize(device)
+                taken.append(time.perf_counter() - start)
+            if turn:
+                seconds[name].append(taken)
+    return {name: Stream(seconds=found) for name, found in seconds.items()}
 
 
 def keep_memory() -> None:

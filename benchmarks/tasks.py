@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from benchmarks.recordings import hapt
-from dyncompile.demo.datasets import load
+from dyncompile.demo.datasets import Images, load
 from dyncompile.demo.models import ResNet, VisionTransformer
 from dyncompile.demo.train import Augmented, Schedule, train
 from dyncompile.errors import ArgumentError
@@ -31,6 +31,7 @@ class Splits:
     """Inputs `[N, ...]` with labels `[N]`.
 
     Attributes:
+        images: With what static models are trained; None for sequences.
         train: What weights are fitted on, augmented.
         validation: Held out of training; watched while it goes on.
         calibration: Held out of training and not watched; thresholds are chosen on it.
@@ -43,6 +44,7 @@ class Splits:
     calibration: TensorDataset
     test: TensorDataset
     describe: str
+    images: Images | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,7 +138,9 @@ class Run:
 
     def fit(self, model: nn.Module) -> nn.Module:
         """Train a static model in place, and return it in eval mode."""
-        schedule = Schedule(**{"epochs": self.sizes.epochs, "batch_size": 128, "learning_rate": 0.1, **self.task.schedule})
+        schedule = Schedule(
+            **{"epochs": self.sizes.epochs, "batch_size": 128, "learning_rate": 0.1, **self.task.schedule}
+        )
         fitted: nn.Module = train(model, self.splits, schedule) if self.task.images else _fit_sequences(model, self)
         return fitted.eval()
 
@@ -170,6 +174,7 @@ def _images(scale: str, sizes: Sizes, archive: Path | None) -> Splits:  # noqa: 
         calibration=TensorDataset(*(tensor[half:] for tensor in held)),
         test=images.test,
         describe=f"{images.name}: {len(kept)} images to train, {len(images.test)} to test",
+        images=dataclasses.replace(images, train=kept),
     )
 
 

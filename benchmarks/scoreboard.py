@@ -26,6 +26,7 @@ from benchmarks.harness import stream
 from benchmarks.isolated import footprint, isolated
 from benchmarks.scores import BATCHES, Score, Scoreboard
 from benchmarks.tasks import SCALES, TASKS, Run
+from dyncompile.demo.train import accuracy
 
 ROUNDS = 9
 STREAM = {1: 100, 16: 4, 64: 3, 256: 1}
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     calls: dict[str, dict[str, Call]] = {}
     for contestant in chosen:
-        score, forms = tested(contestant, run, compilers=not options.quick)
+        score, forms = tested(contestant, run, compilers=not options.quick and options.only != "training")
         if score is None:
             board.refused[contestant.name] = "it is not installed or does not run here"
             continue
@@ -102,13 +103,13 @@ def tested(contestant: Contestant, run: Run, *, compilers: bool) -> tuple[Score 
     inputs, labels = run.splits.test.tensors
     made = {form: make() for form, make in forms.items()}
     first = next(iter(made.values()))
-    hits = [first(x).argmax(1) == y for x, y in zip(inputs.split(BATCH), labels.split(BATCH), strict=True)]
     return (
         Score(
             name=contestant.name,
             family=contestant.family,
             note=contestant.note,
-            accuracy=float(torch.cat(hits).float().mean()),
+            accuracy=accuracy(first, inputs, labels, batch_size=1 if contestant.together else BATCH),
+            together=accuracy(first, inputs, labels, batch_size=64) if contestant.together else None,
             cost=contestant.cost(model, run),
         ),
         made,

@@ -138,11 +138,10 @@ class Run:
 
     def fit(self, model: nn.Module) -> nn.Module:
         """Train a static model in place, and return it in eval mode."""
-        schedule = Schedule(
-            **{"epochs": self.sizes.epochs, "batch_size": 128, "learning_rate": 0.1, **self.task.schedule}
-        )
-        fitted: nn.Module = train(model, self.splits, schedule) if self.task.images else _fit_sequences(model, self)
-        return fitted.eval()
+        if self.splits.images is None:
+            return _fit_sequences(model, self).eval()
+        common = {"epochs": self.sizes.epochs, "batch_size": 128, "learning_rate": 0.1}
+        return train(model, self.splits.images, Schedule(**{**common, **self.task.schedule}))
 
 
 def _fit_sequences(model: nn.Module, run: Run) -> nn.Module:
@@ -249,12 +248,12 @@ TASKS = {
             title="Fashion-MNIST, ResNet",
             sizes={
                 "full": Sizes(width=32, depth=20, epochs=8, tuning=8),
-                "small": Sizes(width=16, depth=14, epochs=3, tuning=3, samples=10_000),
+                "small": Sizes(width=16, depth=14, epochs=3, tuning=2, samples=4000),
                 "quick": Sizes(width=8, depth=8, epochs=1, tuning=1, samples=512),
             },
             make=_resnet,
             read=_images,
-            widths=4,
+            widths=2,
             depths=lambda depth: 6 * max((depth - 2) // 12, 1) + 2,
             strategies=("early_exit", "layer_skip", "channel_gate", "layer_skip+early_exit"),
         ),
@@ -263,7 +262,7 @@ TASKS = {
             title="Fashion-MNIST, ViT",
             sizes={
                 "full": Sizes(width=192, depth=8, epochs=12, tuning=8),
-                "small": Sizes(width=64, depth=6, epochs=3, tuning=3, samples=10_000),
+                "small": Sizes(width=64, depth=6, epochs=3, tuning=2, samples=4000),
                 "quick": Sizes(width=32, depth=2, epochs=1, tuning=1, samples=512),
             },
             make=_vit,

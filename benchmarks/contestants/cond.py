@@ -20,6 +20,7 @@ class Cond(Contestant):
     """A single program with branches."""
 
     family: ClassVar[str] = "mechanism"
+    together: ClassVar[bool] = True
     note: ClassVar[str] = "a branch runs for the whole batch as soon as one sample needs it"
 
     @property

@@ -27,10 +27,12 @@ class Contestant(ABC):
     Attributes:
         family: What tables and pictures put together.
         note: What a reader should know of it; "" for nothing.
+        together: Whether a batch is decided about as a whole, so that answers hang on how large it is.
     """
 
     family: str
     note: str = ""
+    together: bool = False
 
     @property
     @abstractmethod

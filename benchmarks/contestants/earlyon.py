@@ -24,6 +24,7 @@ class Earlyon(Contestant):
     """Another package."""
 
     family: ClassVar[str] = "mechanism"
+    together: ClassVar[bool] = True
     note: ClassVar[str] = "a batch leaves at its hardest sample, or samples go one by one; cannot be compiled"
 
     @property
@@ -46,7 +47,7 @@ class Earlyon(Contestant):
 
         for layout, memory_format in LAYOUTS.items():
             if memory_format == torch.contiguous_format or run.task.images:
-                for way, call in (("one by one", one_by_one), ("as a batch", as_a_batch)):
+                for way, call in (("as a batch", as_a_batch), ("one by one", one_by_one)):
                     found[f"{layout}, {way}"] = partial(make, memory_format, call)
         return found
 

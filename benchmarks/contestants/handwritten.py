@@ -62,6 +62,7 @@ class Handwritten(Contestant):
     """A loop written by hand."""
 
     family: ClassVar[str] = "mechanism"
+    together: ClassVar[bool] = True
     note: ClassVar[str] = "a batch leaves at its hardest sample"
 
     @property

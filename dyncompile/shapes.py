@@ -153,8 +153,8 @@ class _Probe:
         if n.op == "call_module":
             return self.root.get_submodule(str(n.target))(*args, **kwargs)
         if n.op == "call_method":
-            owner, *args = args
-            return getattr(owner, str(n.target))(*args, **kwargs)
+            owner, *rest = args
+            return getattr(owner, str(n.target))(*rest, **kwargs)
         return n.target(*args, **kwargs)  # type: ignore[operator]
 
     def _known(self, n: fx.Node) -> Any:

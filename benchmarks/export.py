@@ -11,10 +11,8 @@ the core quiet. The weights are random and the knobs chosen on the inputs: what 
 
 import argparse
 import dataclasses
-import shlex
-import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -155,17 +153,21 @@ def _table(title: str, times: dict[str, Timing], counted: dict[str, float], call
     return table
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--out", type=Path, help="JSON file to write, and Markdown beside it")
     parser.add_argument("--quick", action="store_true", help="tiny models: does it run?")
     parser.add_argument("--equal", action="store_true", help="compare on real inputs instead")
     parser.add_argument("--case", action="append", help="only these", choices=list({**FULL, **QUICK, **equality.FULL}))
     parser.add_argument("--rounds", type=int, default=15)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     harness.keep_memory()
-    command = shlex.join(["python", "-m", "benchmarks.export", *sys.argv[1:]])
+    command = harness.command("export", arguments)
     report = Report(command=command, machine=harness.machine("cpu"), settings={"rounds": options.rounds})
     with tempfile.TemporaryDirectory() as folder:
         if options.equal:

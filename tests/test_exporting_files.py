@@ -11,10 +11,10 @@ import torch
 from exiting import Net, Tokens
 from profiling import profiled
 from test_cli import MODELS as CLI_MODELS
-from test_exporting import settle
 from torch import nn
 
 import dyncompile as dc
+from dyncompile.checking.deciding import settle
 from dyncompile.cli import main
 from dyncompile.demo.datasets import load
 from dyncompile.demo.models import ResNet

@@ -44,22 +44,16 @@ class StepsFirst(nn.Module):
 
 
 class Several(nn.Module):
-    """Recurrent layers of every kind and shape beside each other."""
+    """Recurrent layers of other kinds than an LSTM, beside each other."""
 
     def __init__(self):
         super().__init__()
-        self.layers = nn.ModuleList(
-            [
-                nn.LSTM(6, 4, batch_first=True, bidirectional=True),
-                nn.GRU(6, 4, num_layers=2, batch_first=True, bidirectional=True),
-                nn.GRU(6, 4, batch_first=True, bias=False),
-                nn.RNN(6, 4, batch_first=True, nonlinearity="relu"),
-                nn.RNN(6, 4, num_layers=2, batch_first=True),
-            ]
-        )
+        self.both = nn.GRU(6, 4, batch_first=True, bidirectional=True)
+        self.plain = nn.RNN(6, 4, batch_first=True, nonlinearity="relu", bias=False)
 
     def forward(self, x):
-        return torch.cat([layer(x)[0].mean(1) for layer in self.layers] + [self.layers[1](x)[1][-1]], 1)
+        h, state = self.both(x)
+        return torch.cat((h.mean(1), state[-1], self.plain(x)[0].mean(1)), 1)
 
 
 # Decisions about rows of a sample, samples along another dim, an agent that reads the state.

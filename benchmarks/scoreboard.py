@@ -24,12 +24,13 @@ from benchmarks.contestants import Call, Contestant, Forms, contestants
 from benchmarks.contestants.contestant import BATCH
 from benchmarks.harness import stream
 from benchmarks.isolated import footprint, isolated
-from benchmarks.scores import BATCHES, Score, Scoreboard
+from benchmarks.scores import Score, Scoreboard
 from benchmarks.tasks import SCALES, TASKS, Run
 from dyncompile.demo.train import accuracy
 
 ROUNDS = 9
 STREAM = {1: 100, 16: 4, 64: 3, 256: 1}
+QUICK_STREAM = dict.fromkeys(STREAM, 2)
 """Calls of a round, by batch size."""
 
 
@@ -82,8 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     board.write(out)
     if options.only != "training":
         rounds = 2 if options.quick else options.rounds
-        for batch in BATCHES:
-            timed(board, calls, run.splits.test.tensors[0], batch, rounds=rounds)
+        for batch, count in (QUICK_STREAM if options.quick else STREAM).items():
+            batches = [part for part in run.splits.test.tensors[0].split(batch) if len(part) == batch][:count]
+            if batches:
+                timed(board, calls, batches, rounds=rounds)
             board.write(out)
         for contestant in chosen:
             if contestant.name in calls:
@@ -116,11 +119,9 @@ def tested(contestant: Contestant, run: Run, *, compilers: bool) -> tuple[Score 
     )
 
 
-def timed(board: Scoreboard, calls: dict[str, dict[str, Call]], inputs: Tensor, batch: int, *, rounds: int) -> None:
+def timed(board: Scoreboard, calls: dict[str, dict[str, Call]], batches: list[Tensor], *, rounds: int) -> None:
     """Time every contestant at a batch size, in the form that a first look finds fastest."""
-    batches = [part for part in inputs.split(batch) if len(part) == batch][: STREAM[batch]]
-    if not batches:
-        return
+    batch = len(batches[0])
     best: dict[str, str] = {}
     for name, forms in calls.items():
         found = stream(forms, batches[:10], rounds=1 if len(forms) == 1 else 3)

@@ -171,8 +171,8 @@ def _images(scale: str, sizes: Sizes, archive: Path | None) -> Splits:  # noqa: 
         train=Augmented(kept, mirror=images.mirror),
         validation=TensorDataset(*(tensor[:half] for tensor in held)),
         calibration=TensorDataset(*(tensor[half:] for tensor in held)),
-        test=images.test,
-        describe=f"{images.name}: {len(kept)} images to train, {len(images.test)} to test",
+        test=TensorDataset(*(tensor[: 96 if scale == "quick" else None] for tensor in images.test.tensors)),
+        describe=f"{images.name}: {len(kept)} images to train, {len(images.test)} in the test set",
         images=dataclasses.replace(images, train=kept),
     )
 
@@ -249,7 +249,7 @@ TASKS = {
             sizes={
                 "full": Sizes(width=32, depth=20, epochs=8, tuning=8),
                 "small": Sizes(width=16, depth=14, epochs=3, tuning=2, samples=4000),
-                "quick": Sizes(width=8, depth=8, epochs=1, tuning=1, samples=512),
+                "quick": Sizes(width=8, depth=8, epochs=1, tuning=1, samples=256),
             },
             make=_resnet,
             read=_images,
@@ -263,7 +263,7 @@ TASKS = {
             sizes={
                 "full": Sizes(width=192, depth=8, epochs=12, tuning=8),
                 "small": Sizes(width=64, depth=6, epochs=3, tuning=2, samples=4000),
-                "quick": Sizes(width=32, depth=2, epochs=1, tuning=1, samples=512),
+                "quick": Sizes(width=32, depth=2, epochs=1, tuning=1, samples=256),
             },
             make=_vit,
             read=_images,

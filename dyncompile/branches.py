@@ -195,9 +195,9 @@ def _end(graph: Graph, group: list[Branch]) -> Node:
     """The value that a group's module hands on: its last addition, or the norm behind it."""
     last = group[-1].add
     path = _module(group)
-    if len(group) == 1 or not path:
-        return last
     chain = [*graph.cut_points, graph.final]
+    if len(group) == 1 or not path or last not in chain:
+        return last
     later = itertools.takewhile(lambda node: path in node.meta.get("path", ()), chain[chain.index(last) + 1 :])
     joined = {branch.add for branch in graph.residual_branches}
     norms = itertools.takewhile(lambda node: node not in joined, later)

@@ -59,13 +59,40 @@ def dynamize(
         >>> list(dyn.exits)
         ['exit0']
     """
+    passes = resolve(strategy, options)
+    graph, recipe = begin(
+        model,
+        example_inputs=example_inputs,
+        batch_dims=batch_dims,
+        prediction=prediction,
+        prediction_only=prediction_only,
+        task=task,
+        inplace=inplace,
+    )
+    return rewrite(graph, recipe, passes)
+
+
+def begin(
+    model: nn.Module,
+    *,
+    example_inputs: Any = None,
+    batch_dims: Mapping[str, int | None] | None = None,
+    prediction: str | None = None,
+    prediction_only: bool = False,
+    task: str | None = None,
+    inplace: bool = False,
+) -> tuple[Graph, Recipe]:
+    """Capture a model for rewriting; arguments and errors as for `dynamize`.
+
+    Returns:
+        The graph, and the recipe without any pass yet.
+    """
     if not isinstance(model, nn.Module):
         raise ArgumentError("model", found=type(model).__name__, expected="a torch.nn.Module")
     if isinstance(model, DynamicModule):
         raise ArgumentError("model", found="a dynamic model", expected="a static one; pass all strategies at once")
     if task not in (None, "classification", "regression"):
         raise ArgumentError("task", found=repr(task), expected="'classification' or 'regression'")
-    passes = resolve(strategy, options)
     args, kwargs, origin = infer_inputs(model, example_inputs)
     graph = capture(
         model,
@@ -81,7 +108,20 @@ def dynamize(
         shape = list(spec(graph.prediction).shape)
         raise ArgumentError("task", found=f"'classification' of a prediction {shape}", expected="two classes or more")
     graph.task = task or inferred
-    recipe = describe(graph, model, origin, prediction_only=prediction_only)
+    return graph, describe(graph, model, origin, prediction_only=prediction_only)
+
+
+def rewrite(graph: Graph, recipe: Recipe, passes: Sequence[Pass]) -> DynamicModule:
+    """Apply passes to a captured model, in order.
+
+    Args:
+        graph: Changed in place, and taken over by the dynamic model.
+        recipe: Gets a step for each pass.
+        passes: In an order that `resolve` has checked.
+
+    Raises:
+        PassError: No site, or a rewrite that is not legal.
+    """
     done: list[str] = []
     for item in passes:
         sites, refused = item.apply(graph, ran=done)
@@ -122,4 +162,4 @@ def _step(item: Pass, sites: list[Site], refused: list[Refusal]) -> Step:
     )
 
 
-__all__ = ["describe", "dynamize"]
+__all__ = ["begin", "describe", "dynamize", "rewrite"]

@@ -263,12 +263,16 @@ class Graph:
 
     @functools.cached_property
     def residual_branches(self) -> list[Branch]:
-        """Additions on the chain of cut points whose two inputs have one shape, with the branch that they join."""
+        """Additions of what is computed from a value to that value, or, between cut points, to a projection of it.
+
+        Both inputs have one shape. A projection inside of a branch is left out: there a sum of two values is as often
+        no shortcut (Res2Net adds the parts of a split).
+        """
         chain = {*self.cut_points, self.final, self.main_input}
         found = []
         for node in self.fx.nodes:
             source = self.dominators.get(node)
-            if node not in chain or source not in chain or not is_add(node):
+            if source is None or not is_add(node):
                 continue
             left, right = node.args[:2]
             if not (isinstance(left, Node) and isinstance(right, Node)):
@@ -279,7 +283,8 @@ class Graph:
                 continue
             near = self._length(left, source) <= self._length(right, source)
             shortcut, output = (left, right) if near else (right, left)
-            found.append(Branch(add=node, source=source, output=output, shortcut=shortcut))
+            if shortcut is source or (node in chain and source in chain):
+                found.append(Branch(add=node, source=source, output=output, shortcut=shortcut))
         return found
 
     def _length(self, node: Node, source: Node) -> int:

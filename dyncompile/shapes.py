@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dyncompile.capture.canonical import where
 from dyncompile.capture.recurrent import RecurrentLayer
 from dyncompile.errors import MixedSamplesError
+from dyncompile.ops import arms_of, check_arms, is_select
 
 _PROBES = (3, 5)
 
@@ -143,14 +144,17 @@ class _Probe:
             return self.inputs[n]
         if n.op == "get_attr":
             return functools.reduce(getattr, str(n.target).split("."), self.root)
+        if is_select(n):
+            # Operators broadcast; lowering runs one arm in place of the other.
+            check_arms([self.values[arm] for arm in arms_of(n)])
         args, kwargs = fx.node.map_arg((n.args, n.kwargs), self.values.__getitem__)
         if n.op == "output":
             return args[0]
         if n.op == "call_module":
             return self.root.get_submodule(str(n.target))(*args, **kwargs)
         if n.op == "call_method":
-            owner, *args = args
-            return getattr(owner, str(n.target))(*args, **kwargs)
+            owner, *rest = args
+            return getattr(owner, str(n.target))(*rest, **kwargs)
         return n.target(*args, **kwargs)  # type: ignore[operator]
 
     def _known(self, n: fx.Node) -> Any:

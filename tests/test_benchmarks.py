@@ -6,7 +6,22 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.harness import Target, Timing, take_turns  # noqa: E402
+from benchmarks.harness import Report, Target, Timing, take_turns  # noqa: E402
+
+
+def test_exported_files_are_compared_with_the_lowered_model(tmp_path, needs):
+    for package in ("torchvision", "sklearn"):
+        needs(package)
+    from benchmarks import equality
+
+    report = Report(command="", machine={}, settings={})
+    equality.compare(report, {"lstm": equality.QUICK["lstm, frame_skip"]}, tmp_path, backend="eager")
+    assert [row[:3] + row[4:5] for row in report.tables[0].rows] == [
+        ["lstm", 200, 3200, r] for r in ("sample", "batch")
+    ]
+    assert len(report.targets) == 4
+    assert all(target.passed for target in report.targets)
+    report.markdown()
 
 
 def test_turns_are_paired_and_contexts_are_entered_once_a_round():

@@ -7,10 +7,11 @@ import pytest
 import torch
 from profiling import flops, profiled
 from test_frame_skip import Video
-from test_passes import MODELS, REFUSED, enable
+from test_passes import MODELS, REFUSED
 from torch import nn
 
 import dyncompile as dc
+from dyncompile.checking.deciding import settle, switch_on
 from dyncompile.exporting import checking, files
 from dyncompile.exporting.pieces import Pieces
 from dyncompile.exporting.routing import Writer
@@ -63,20 +64,9 @@ def converted(kind, chain):
     torch.manual_seed(0)
     make, inputs, *more = (MODELS | MORE)[kind]
     passes, options = more or (chain.split("-"), {})
-    dyn = enable(dc.dynamize(make(), passes, example_inputs=inputs(2), **options))
+    dyn = switch_on(dc.dynamize(make(), passes, example_inputs=inputs(2), **options))
     settle(dyn, inputs(64))
     return dyn
-
-
-@torch.no_grad()
-def settle(dyn, inputs):
-    """Set every knob near the middle of what the model's decisions are made by, but not on any sample's value."""
-    trace = dyn.trace(*inputs)
-    for name, confidence in trace.confidence.items():
-        dyn.exits[name].threshold.copy_(confidence.median() + 1e-4)
-    for name, probability in trace.probabilities.items():
-        if not dyn.gates[name].routes:
-            dyn.gates[name].bias.copy_(1e-4 - torch.logit(probability.float()).median())
 
 
 def fed(dyn, inputs):

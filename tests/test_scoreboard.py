@@ -88,10 +88,8 @@ def test_gates_are_measured_beside_the_static_forms(quick):
 
 @pytest.mark.slow
 def test_exported_files_are_measured_beside_the_static_export(quick):
-    compared, *tables = quick["export"].tables
-    assert [row[2] for row in compared.rows] == ["nothing", "nothing"]
-    assert len(tables) == 4
-    for table in tables:
+    assert len(quick["export"].tables) == 4
+    for table in quick["export"].tables:
         costs = {row[0]: row[1] for row in table.rows}
         assert costs["a half decides"] < costs["a quarter decides"] < 1 <= costs["full depth"]
 

@@ -215,9 +215,10 @@ class LoweredModule(nn.Module):
         inputs = graph.bind(args, kwargs)
         position, dim = self._batch_of
         count = inputs[position].shape[dim]
-        if self.snapshot:
-            inputs = [self._cast(t, i) for i, t in enumerate(inputs)]
-        elif disabled_decisions(self.dynamic) != self._disabled or self.dynamic.training:
+        if not self.snapshot:
+            self._dtypes = [self.dynamic.present(t.dtype) for t in graph.inputs]  # the live model may have been cast
+        inputs = [self._cast(t, i) for i, t in enumerate(inputs)]
+        if not self.snapshot and (disabled_decisions(self.dynamic) != self._disabled or self.dynamic.training):
             self.relower()
         if count == 0:
             self.last_run = {"always": 0}

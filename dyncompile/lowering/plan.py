@@ -1,6 +1,7 @@
 """From demand to a plan: straight-line segments, and conditionals that run an arm on the rows that take it."""
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Iterable, Iterator
 
@@ -200,7 +201,7 @@ class _Builder:
         steps: list[Segment | Conditional] = []
         while len(nodes) or len(conditionals):
             run: list[fx.Node] = []
-            while (node := nodes.take(lambda node, run=run: _joins(node, run))) is not None:
+            while (node := nodes.take(functools.partial(_joins, run=run))) is not None:
                 run.append(node)
                 nodes.deliver(node)
                 conditionals.deliver(node)

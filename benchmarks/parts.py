@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.tasks import TASKS
@@ -69,10 +69,13 @@ def _fashion_gates(options: Options) -> list[str]:
     return [*cache, *(word for name, value in tiny.items() for word in (f"--{name}", str(value)))]
 
 
-def _scoreboard(task: str) -> Part:
+def _scoreboard(task: str, quick: Sequence[str] = ()) -> Part:
+    """A task; `quick` takes only contestants whose names contain one of these, by default all."""
+
     def arguments(options: Options) -> list[str]:
         where = ["--task", task, "--cache", str(options.cache), "--scale", options.scale]
-        return [*where, *_common(options), *_recordings(options)]
+        some = [word for name in (quick if options.quick else ()) for word in ("--contestant", name)]
+        return [*where, *some, *_common(options), *_recordings(options)]
 
     summary = f"{TASKS[task].title}: static models, peers and dyncompile, trained on one task"
     return Part(module="benchmarks.scoreboard", summary=summary, arguments=arguments)
@@ -84,7 +87,9 @@ PARTS = {
         summary="conversion, lowering and overhead of a call over depth and number of exits",
         arguments=_common,
     ),
-    **{task: _scoreboard(task) for task in TASKS},
+    "fashion-resnet": _scoreboard("fashion-resnet"),
+    "fashion-vit": _scoreboard("fashion-vit", quick=("static, eager", "quantised", "by hand", "neuron gate")),
+    "hapt-lstm": _scoreboard("hapt-lstm"),
     "large": Part(
         module="benchmarks.large",
         summary="resnet50 and vit_b_16 with forced decisions, also in bfloat16 and on a GPU",

@@ -51,7 +51,7 @@ def render(root: Path) -> None:
     for path in sorted(folder.glob("*.json")):
         found = read(path)
         if f"<!-- benchmarks:{path.stem} -->" in text:
-            shown = summary(found) if isinstance(found, Scoreboard) else found.outcome().markdown()
+            shown = summary(found) if isinstance(found, Scoreboard) else overview(found)
             text = between(text, path.stem, shown)
     readme.write_text(text, encoding="utf-8")
 
@@ -96,6 +96,13 @@ def summary(board: Scoreboard) -> str:
     facts = f"{board.settings['data']}; {board.settings['scale']}; {board.machine['processor']}."
     how = f"{facts} `{board.command}`; all figures: [RESULTS.md](benchmarks/RESULTS.md)."
     return "\n\n".join([*images, *(board.verdict(batch) for batch in shown), how])
+
+
+def overview(report: Report) -> str:
+    """What the README shows of a benchmark: its first table, and where it was measured."""
+    table = report.tables[0].markdown().partition("\n\n")[2]
+    load = report.machine["load before"]
+    return f"{table} {report.machine['processor']}; load before: {load}. `{report.command}`"
 
 
 def _slug(text: str) -> str:

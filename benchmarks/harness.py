@@ -257,8 +257,10 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
 
 
 def command(name: str, arguments: Sequence[str] | None) -> str:
-    """The command line that a benchmark was started with; None: the process's own."""
-    return f"python -m benchmarks.{name} {shlex.join(sys.argv[1:] if arguments is None else arguments)}".strip()
+    """The command line that a benchmark was started with; None: the process's own. Of absolute paths the names."""
+    words = sys.argv[1:] if arguments is None else arguments
+    shown = [Path(word).name if Path(word).is_absolute() else word for word in words]
+    return f"python -m benchmarks.{name} {shlex.join(shown)}".strip()
 
 
 def machine(device: str) -> dict[str, str]:

@@ -340,11 +340,14 @@ class Graph:
 
 
 def _floating(node: Node) -> bool:
-    """A node that carries features: floating, made from data; containers of them (an LSTM's tuple) count too."""
+    """A node that carries features: floating, made from data; containers of them (an LSTM's tuple) count too.
+
+    A value that is the same for all samples carries none: rotary embeddings read the features for their dtype alone.
+    """
     if node.op in ("get_attr", "output"):
         return False
-    leaves = pytree.tree_leaves(node.meta.get("spec"))
-    return any(isinstance(leaf, Spec) and leaf.dtype.is_floating_point for leaf in leaves)
+    leaves = [leaf for leaf in pytree.tree_leaves(node.meta.get("spec")) if isinstance(leaf, Spec)]
+    return any(leaf.dtype.is_floating_point and leaf.batch_dim is not None for leaf in leaves)
 
 
 def is_add(node: Node) -> bool:

@@ -60,6 +60,32 @@ def test_bert_has_two_branches_a_layer(needs):
     assert all(b.identity for b in graph.residual_branches)
 
 
+def test_rotary_embeddings_do_not_bypass_the_layers_that_share_them():
+    class Rotary(nn.Module):
+        def forward(self, x):
+            angles = torch.arange(x.shape[1], device=x.device)[:, None] / torch.arange(1, x.shape[2] + 1)
+            return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rotary = Rotary()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+            self.fc = nn.Linear(8, 2)
+
+        def forward(self, x):
+            h = self.layers[0](x)
+            cos, sin = self.rotary(h)
+            for layer in self.layers[1:]:
+                h = layer(h * cos + h.flip(-1) * sin) + h
+            return self.fc(h.mean(1))
+
+    graph = capture(Model(), (torch.randn(2, 5, 8),))
+    adds = [n for n in graph.cut_points if n in {b.add for b in graph.residual_branches}]
+    assert len(adds) == 2
+    assert "layers.0" in [str(n.target) for n in graph.cut_points]
+
+
 def test_cut_points_of_a_resnet_are_its_trunk(captured):
     graph = captured("resnet18")
     assert len(graph.fx.nodes) == 71

@@ -17,9 +17,8 @@ Protocol:
 import argparse
 import contextlib
 import dataclasses
-import shlex
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -42,8 +41,8 @@ NEVER = 0.005
 """A gate is dead below this rate, and always open above 1 minus it."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fashion_gates", description=__doc__.partition("\n")[0])
     parser.add_argument("--strategy", default="layer_skip", help="a pass, or several joined by +")
     parser.add_argument("--target-cost", type=float, default=0.6)
     parser.add_argument("--gate-cost", type=float, default=0.65, help="of the gates, where exits bring it further down")
@@ -58,7 +57,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, help="train on so many, to see whether everything runs")
     parser.add_argument("--cache", type=Path, default=Path("fashion-gates"), help="static weights, stopped runs")
     parser.add_argument("--out", type=Path, default=Path("fashion_gates.json"), help="JSON; Markdown goes beside it")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.width = options.width or {"resnet20": 16, "vit": 96}[options.model]
     torch.set_num_threads(1)
     with contextlib.suppress(ImportError):
@@ -72,7 +71,7 @@ def main() -> None:
     with torch.no_grad():
         reference = accuracy(static, test, labels, batch_size=250)
     report = Report(
-        command=f"python -m benchmarks.fashion_gates {shlex.join(sys.argv[1:])}".strip(),
+        command=harness.command("fashion_gates", arguments),
         machine=harness.machine("cpu"),
         settings={
             "model": f"{_named(options)}, static accuracy {reference:.4f}",

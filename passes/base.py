@@ -123,10 +123,10 @@ def find(graph: Graph, name: str) -> fx.Node:
     Raises:
         PassError: The graph has none: it is not the model that the sites were made for.
     """
-    for node in graph.fx.nodes:
-        if node.name == name:
-            return node  # type: ignore[no-any-return]
-    raise PassError(f"no node `{name}` in the graph: the sites were made for another model")
+    node = graph.find(name)
+    if node is None:
+        raise PassError(f"no node `{name}` in the graph: the sites were made for another model")
+    return node
 
 
 def _outputs(graph: Graph) -> list[tuple[Any, ...]]:

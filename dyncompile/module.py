@@ -93,12 +93,16 @@ class DynamicModule(nn.Module):
         self.recipe = recipe
         self.task = graph.task
         self._override: Override | None = None
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take over what passes have changed in the graph."""
         # Made here and not when first called, so that torch.compile finds plain functions.
         self._forward, self._trace = self._programs()
         self._costs: dict[tuple[str, tuple[tuple[str, int], ...]], CostModel] = {}
-        self._owners = decision_owners(graph.fx)
-        self._routes = decision_routes(graph.fx)
-        self._conjunctions = conjunctions(graph.fx)
+        self._owners = decision_owners(self._graph.fx)
+        self._routes = decision_routes(self._graph.fx)
+        self._conjunctions = conjunctions(self._graph.fx)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies leave the cost models out: they hold nodes, and are made again when asked for."""

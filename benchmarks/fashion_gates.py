@@ -10,7 +10,8 @@ Protocol:
   set, which is looked at once, after training.
 - Nothing is chosen by the test set; the last weights are kept, gates decide as they come out of training (no bias).
 - Where early_exit is the last of the passes, the gates are fine-tuned first, to `--gate-cost`; exits are trained behind
-  them, everything else as it is; and `calibrate` on the 5,000 then chooses thresholds and biases for `--target-cost`. The loss of accuracy that is allowed is 1.5 points then, else 1.
+  them, everything else as it is; and `calibrate` on the 5,000 then chooses thresholds and biases for `--target-cost`.
+  The loss of accuracy that is allowed is 1.5 points then, else 1.
 - All figures are of evaluation: hard decisions, batch norm statistics of the samples that reach each norm.
 """
 

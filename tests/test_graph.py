@@ -72,6 +72,17 @@ def test_nodes_are_found_by_name_also_after_the_graph_changed(captured):
     assert graph.find("zeros") is None
 
 
+def test_what_is_derived_from_a_copy_is_made_of_its_nodes():
+    layers = [nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)]
+    graph = capture(nn.Sequential(*layers), (torch.randn(2, 4),))
+    assert graph.find("_2") in graph.cut_points
+    copied = copy.deepcopy(graph)
+    assert len(copied.cut_points) == len(graph.cut_points) == 4
+    for node in (*copied.cut_points, *copied.dominators, *copied.trunk, copied.find("_2")):
+        assert node.graph is copied.fx
+        assert node in set(copied.fx.nodes)
+
+
 def test_bert_has_two_branches_a_layer(needs):
     transformers = needs("transformers")
     config = transformers.BertConfig(

@@ -65,6 +65,7 @@ MORE = {
     "recurrent": (Several, lambda n: (torch.randn(n, 7, 6),), [FrameSkip()], {}),
 }
 CASES = [*FIRST, *CHAINS, *((kind, "") for kind in MORE)]
+RECURRENT = ("steps", "state", "frames", "recurrent")
 BATCHES = (1, 2, 7, 33)
 
 
@@ -128,7 +129,9 @@ def test_the_file_decides_and_computes_what_the_model_does(exported, kind, chain
                 np.testing.assert_array_equal(found[f"decisions.{name}"] >= 0, rows)
 
 
-@pytest.mark.parametrize(("kind", "chain"), [case for case in CASES if case[0] not in ("steps", "state", "frames", "recurrent")])
+@pytest.mark.parametrize(
+    ("kind", "chain"), [case for case in CASES if case[0] not in ("steps", "state", "frames", "recurrent")]
+)
 def test_by_the_sample_no_more_runs_than_is_counted(exported, kind, chain, tmp_path):
     dyn, path = exported(kind, chain, "sample")
     inputs = example(kind, 33)

@@ -16,6 +16,9 @@ from dyncompile.ops import SELECT, SWITCH
 
 Compiled = Callable[..., Any]
 
+Key = tuple[int | float, ...]
+"""Numbers and sizes that a lowered graph is tied to."""
+
 _DECIDING = {SELECT, SWITCH, torch.ops.dyncompile.select, torch.ops.dyncompile.switch}
 
 
@@ -29,8 +32,10 @@ def dyncompile_backend(
     """Compile what dynamo traced: a backend of `torch.compile`, registered as `dyncompile`.
 
     A graph with a `select` or `switch` whose decision is boolean or an integer route is lowered when it is first called
-    without gradients; its weights are a snapshot, taken anew when they change. With gradients the dense reference runs,
-    compiled by inductor, as does a graph without such a node.
+    without gradients; its weights are a snapshot, taken anew when they change. Only the batch size is dynamic in it:
+    where dynamo leaves other sizes or Python numbers open, it is lowered once for each that comes, up to
+    `torch._dynamo.config.recompile_limit`. With gradients the dense reference runs, compiled by inductor, as does a
+    graph without such a node.
 
     Args:
         gm: The graph; parameters are inputs or attributes.
@@ -61,14 +66,17 @@ class _Skipping:
     def __init__(
         self, gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, options: dict[str, Any] | None
     ) -> None:
-        self.gm, self.examples, self.mode, self.options = gm, example_inputs, mode, options
+        self.gm, self.mode, self.options = gm, mode, options
         self.dense: Compiled | None = None
-        self.lowered: Any = None
+        self.lowered: dict[Key, Any] = {}
+        self.batch_dims: list[int | None] | None = None
         self.refused = False
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self.weights = [i for i, n in enumerate(placeholders) if _is_weight(n)]
         sizes = {i for i, value in enumerate(example_inputs) if not isinstance(value, Tensor)}
-        self.data = [i for i in range(len(placeholders)) if i not in sizes and i not in set(self.weights)]
+        self.numbers = [i for i, n in enumerate(placeholders) if i not in sizes and _is_number(n)]
+        other = {*sizes, *self.weights, *self.numbers}
+        self.data = [i for i in range(len(placeholders)) if i not in other]
         self.versions: list[int] | None = None
 
     def __call__(self, *args: Any) -> Any:
@@ -78,35 +86,63 @@ class _Skipping:
         weights = [args[i] for i in self.weights]
         versions = [-1 if w.is_inference() else w._version for w in weights]
         if versions != self.versions:
-            self._lower(args)
+            self.lowered.clear()
             self.versions = versions
-        if self.lowered is None:
-            return self._densely(args)
-        return self.lowered(*(args[i] for i in self.data))
+        lowered = self.lowered.get(self._key(args)) or self._lower(args)
+        return self._densely(args) if lowered is None else lowered(*(args[i] for i in self.data))
+
+    def _key(self, args: tuple[Any, ...]) -> Key:
+        """What a lowered graph is tied to: numbers, and sizes that are no batch size."""
+        dims = self.batch_dims or [None] * len(self.data)
+        sizes = (
+            size
+            for i, batch_dim in zip(self.data, dims, strict=True)
+            for dim, size in enumerate(args[i].shape)
+            if dim != batch_dim
+        )
+        return (*(args[i].item() for i in self.numbers), *sizes)
 
     def _densely(self, args: tuple[Any, ...]) -> Any:
         if self.dense is None:
-            self.dense = _dense(self.gm, self.examples, self.mode, self.options)
-        return self.dense(*args)
+            # Traced anew: dynamo has forgotten what its symbols stand for.
+            reference = _taking_numbers(self.gm, self.numbers)
+            self.dense = torch.compile(reference, mode=self.mode, options=self.options)
+        return self.dense(*(value.item() if i in self.numbers else value for i, value in enumerate(args)))
 
-    def _lower(self, args: tuple[Any, ...]) -> None:
+    def _lower(self, args: tuple[Any, ...]) -> Any:
+        """Lower the graph for what a call is tied to; None, and a word, where it has to be dense."""
         from dyncompile.capture import capture
         from dyncompile.conversion import describe
         from dyncompile.lowering import lower
         from dyncompile.module import DynamicModule
 
+        if len(self.lowered) >= torch._dynamo.config.recompile_limit:
+            _say(f"it is lowered for {len(self.lowered)} combinations of sizes and numbers already")
+            return None
         inputs = tuple(args[i] for i in self.data)
-        module = _closed(self.gm, self.weights, self.data, args)
         try:
+            module = _closed(self.gm, self.weights, self.data, self.numbers, args)
             with torch.no_grad():
                 first = next(i for i, value in enumerate(module(*inputs)) if value.is_floating_point())
             graph = capture(module, inputs, prediction=str(first))
             dyn = DynamicModule(graph, describe(graph, module, "torch.compile")).eval()
-            self.lowered = lower(dyn, cudagraphs=self.mode == "reduce-overhead")
+            lowered = lower(dyn, cudagraphs=self.mode == "reduce-overhead")
         except Exception as error:  # noqa: BLE001 - whatever torch raises on a graph that is tied to a size
             self.refused = True
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            warnings.warn(f"backend 'dyncompile' compiles densely: {reason}", stacklevel=2)
+            _say((str(error).strip() or type(error).__name__).splitlines()[0])
+            return None
+        self.batch_dims = list(graph.batch_dims)
+        self.lowered[self._key(args)] = lowered
+        return lowered
+
+
+def _say(reason: str) -> None:
+    warnings.warn(f"backend 'dyncompile' compiles densely: {reason}", stacklevel=4)
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Whether an input is a Python number in a tensor, as dynamo passes those that it leaves open."""
+    return bool(node.users) and all(n.op == "call_method" and n.target == "item" for n in node.users)
 
 
 def _is_weight(node: fx.Node) -> bool:
@@ -115,8 +151,24 @@ def _is_weight(node: fx.Node) -> bool:
     return isinstance(value, nn.Parameter) or "_parameters_" in node.name or "_buffers_" in node.name
 
 
-def _closed(gm: fx.GraphModule, weights: list[int], data: list[int], args: tuple[Any, ...]) -> fx.GraphModule:
-    """A graph with its weights as attributes and its sizes read off its tensors: a module of the data alone."""
+def _taking_numbers(gm: fx.GraphModule, numbers: list[int]) -> fx.GraphModule:
+    """A graph that takes Python numbers where it took tensors of one."""
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    read = {node: placeholders[i] for i in numbers for node in placeholders[i].users}
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        if node in read:
+            mapping[node] = mapping[read[node]]
+        else:
+            mapping[node] = graph.node_copy(node, mapping.__getitem__)
+    return fx.GraphModule(gm, graph)
+
+
+def _closed(
+    gm: fx.GraphModule, weights: list[int], data: list[int], numbers: list[int], args: tuple[Any, ...]
+) -> fx.GraphModule:
+    """A graph of the data alone: weights as attributes, numbers as they are, sizes read off the tensors."""
     root = nn.Module()
     for name, child in gm.named_children():
         root.add_module(name, child)
@@ -130,12 +182,14 @@ def _closed(gm: fx.GraphModule, weights: list[int], data: list[int], args: tuple
     for i in weights:
         root.register_buffer(f"weight{i}", args[i].detach())
         mapping[placeholders[i]] = graph.get_attr(f"weight{i}")
+    known = {node: args[i].item() for i in numbers for node in placeholders[i].users}
+    skipped = {placeholders[i] for i in numbers}
     for node in placeholders:
-        if node not in mapping:
+        if node not in mapping and node not in skipped:
             mapping[node] = _size(graph, mapping, node)
     for node in gm.graph.nodes:
-        if node not in mapping:
-            mapping[node] = graph.node_copy(node, mapping.__getitem__)
+        if node not in mapping and node not in known and node not in skipped:
+            mapping[node] = graph.node_copy(node, lambda n: known[n] if n in known else mapping[n])
     return fx.GraphModule(root, graph)
 
 

@@ -65,6 +65,7 @@ MORE = {
     "recurrent": (Several, lambda n: (torch.randn(n, 7, 6),), [FrameSkip()], {}),
 }
 CASES = [*FIRST, *CHAINS, *((kind, "") for kind in MORE)]
+RECURRENT = ("steps", "state", "frames", "recurrent")
 BATCHES = (1, 2, 7, 33)
 
 

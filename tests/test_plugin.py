@@ -1,11 +1,14 @@
 """`torch.compile(model, backend="dyncompile")`."""
 
+import contextlib
+
 import pytest
 import torch
 import torch._dynamo.backends.inductor
 from torch import nn
 
 import dyncompile as dc
+from dyncompile.lowering import LoweredModule
 
 
 class Written(nn.Module):
@@ -51,27 +54,36 @@ def test_equal_at_every_batch_size_and_after_the_weights_change(written, device)
         torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_skips(written, device, monkeypatch):
+@pytest.fixture
+def lowered_runs(monkeypatch):
+    """What each call of a lowered model ran."""
     ran = []
-    forward = dc.lowering.LoweredModule.forward
+    forward = LoweredModule.forward
 
     def watched(self, *args):
         found = forward(self, *args)
         ran.append(self.last_run)
         return found
 
-    monkeypatch.setattr(dc.lowering.LoweredModule, "forward", watched)
+    monkeypatch.setattr(LoweredModule, "forward", watched)
+    return ran
+
+
+def test_skips(written, device, lowered_runs):
     with torch.no_grad():
         written[1](images(16, device, taken=0.25))
-    assert sorted(ran[-1].values()) == [4, 4, 12, 16]
+    assert sorted(lowered_runs[-1].values()) == [4, 4, 12, 16]
 
 
 def test_with_gradients_the_dense_reference_runs(written, device):
     model, fast = written
+    counters = torch._dynamo.utils.counters["aot_autograd"]
+    before = counters["ok"]
     x = images(8, device)
     expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
     found = torch.autograd.grad(fast(x).square().sum(), list(model.parameters()))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert counters["ok"] == before + 1, "inductor compiles it"
 
 
 def test_a_converted_model(device):
@@ -87,6 +99,55 @@ def test_a_converted_model(device):
         dyn.exits.exit0.threshold.fill_(dyn.trace(x).confidence["exit0"].median())
         found = torch.compile(dyn, backend="dyncompile")(x)
     torch.testing.assert_close(found, dyn(x), rtol=1e-4, atol=1e-5)
+
+
+class Scaled(nn.Module):
+    """Reads sequences of any length, and holds Python numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.arm, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.scale, self.threshold = 0.37, 0.1
+
+    def forward(self, x):
+        h = x.mean(1) * self.scale
+        return self.head(dc.select(x[:, 0, 0] > self.threshold, h + self.arm(h).relu(), h))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_sizes_and_numbers_that_dynamo_leaves_open(device, lowered_runs, dynamic):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Scaled().to(device).eval()
+    fast = torch.compile(model, backend="dyncompile", dynamic=dynamic)
+    with torch.no_grad():
+        for batch, length in ((5, 4), (8, 4), (8, 6), (3, 7), (6, 7), (8, 4)):
+            x = torch.randn(batch, length, 8, device=device)
+            x[:, 0, 0] = 0.0
+            x[:2, 0, 0] = 1.0
+            torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+            assert sorted(lowered_runs.pop().values()) == [2, batch]
+        model.scale = 0.7
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+        assert lowered_runs.pop()
+    found = torch.autograd.grad(fast(x).sum(), model.head.weight)
+    torch.testing.assert_close(found, torch.autograd.grad(model(x).sum(), model.head.weight), rtol=1e-4, atol=1e-5)
+    assert not lowered_runs
+
+
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_more_sizes_than_dynamo_recompiles_for_are_computed_densely(device, lowered_runs):
+    torch._dynamo.reset()
+    model = Scaled().to(device).eval()
+    fast = torch.compile(model, backend="dyncompile", dynamic=True)
+    with torch.no_grad():
+        for length, word in ((4, None), (5, None), (6, "for 2 combinations of sizes"), (4, None)):
+            x = torch.randn(3, length, 8, device=device)
+            with pytest.warns(UserWarning, match=word) if word else contextlib.nullcontext():
+                found = fast(x)
+            torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)
+            assert bool(lowered_runs) is not bool(word)
+            lowered_runs.clear()
 
 
 def test_samples_that_are_mixed_are_computed_densely_with_a_word(device):

@@ -7,12 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from exiting import Net
 from torch import nn
 
 import dyncompile as dc
 from dyncompile.checking import Baseline, Report, Result, Settings, check
 from dyncompile.checking.baseline import Place, Refused, Snapshot, differences
-from dyncompile.checking.contracts import Run, lowered_equals_reference, skips_as_planned
+from dyncompile.checking.contracts import (
+    Run,
+    gradient_reaches_every_parameter,
+    lowered_equals_reference,
+    skips_as_planned,
+)
 from dyncompile.checking.deciding import BATCHES, settle, switch_on
 from dyncompile.checking.formats import annotations, to_junit
 from dyncompile.errors import BaselineError
@@ -313,6 +319,17 @@ def test_the_model_is_left_as_it_was(device):
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_norms_of_an_arm_that_nobody_takes_at_birth_are_trained(device):
+    model = Net().to(device)
+    dyn = dc.dynamize(model, ["channel_gate", "layer_skip"], example_inputs=torch.randn(2, 3, 8, 8, device=device))
+    [norm, *_] = [name for name, _ in dyn.named_parameters() if "arm0" in name]
+    assert not gradient_reaches_every_parameter(model, dyn)
+    dyn.get_parameter(norm).requires_grad_(False)
+    dyn.exits.register_parameter("spare", nn.Parameter(torch.zeros(1, device=device)))
+    message = "no gradient reaches `exits.spare`: neither"
+    assert gradient_reaches_every_parameter(model, dyn).startswith(message)
+
+
 # --- the baseline --------------------------------------------------------------------------------
 
 
@@ -370,11 +387,15 @@ def test_a_baseline_is_read_as_it_was_written(folder):
     [
         ("", "is no JSON"),
         ('{"format": "dyncompile-lock", "version": 1, "models": {', "is no JSON"),
-        ("[]", "is malformed: `the file`"),
-        ('{"format": "dyncompile-recipe"}', "is malformed: `format`"),
-        ('{"version": 99}', "has version 99; this dyncompile reads up to 1: upgrade it"),
-        ('{"models": {"m": {"s": {"sites": []}}}}', "is malformed: `models.m.s.flops`: Field required"),
-        ('{"models": {}, "spam": 1}', "is malformed: `spam`"),
+        ("[]", "is no baseline: it has no `format` 'dyncompile-lock'"),
+        ('{"format": "dyncompile-recipe"}', "is no baseline"),
+        ('{"format": "dyncompile-lock", "version": 99}', "has version 99; this dyncompile reads up to 1: upgrade it"),
+        ('{"format": "dyncompile-lock", "version": "x"}', "is malformed: `version`"),
+        (
+            '{"format": "dyncompile-lock", "models": {"m": {"s": {}}}}',
+            "is malformed: `models.m.s.flops`: Field required",
+        ),
+        ('{"format": "dyncompile-lock", "spam": 1}', "is malformed: `spam`"),
         ("\xff", "is no JSON"),
     ],
 )

@@ -85,7 +85,7 @@ def gradient_reaches_every_parameter(static: nn.Module, dyn: DynamicModule) -> s
     if any(not _flows(reached[name]) for name in new):
         with _halved(dyn):
             taken = _reached(dyn)
-        reached |= {name: taken[name] for name in new if not _flows(reached[name])}
+        reached |= {name: taken[name] for name in new if _flows(taken[name])}
     cut = [name for name in new if reached[name] is None]
     if cut:
         why = "neither the predictions nor the expected cost hang on them differentiably"

@@ -123,10 +123,10 @@ def find(graph: Graph, name: str) -> fx.Node:
     Raises:
         PassError: The graph has none: it is not the model that the sites were made for.
     """
-    for node in graph.fx.nodes:
-        if node.name == name:
-            return node  # type: ignore[no-any-return]
-    raise PassError(f"no node `{name}` in the graph: the sites were made for another model")
+    node = graph.find(name)
+    if node is None:
+        raise PassError(f"no node `{name}` in the graph: the sites were made for another model")
+    return node
 
 
 def _outputs(graph: Graph) -> list[tuple[Any, ...]]:
@@ -194,12 +194,15 @@ def available() -> dict[str, type[Pass]]:
     return {found.name: found.kind for found in registered() if found.kind is not None}
 
 
-def resolve(strategy: "str | Pass | Sequence[str | Pass]", options: dict[str, Any]) -> list[Pass]:
+def resolve(
+    strategy: "str | Pass | Sequence[str | Pass]", options: dict[str, Any], *, ran: Sequence[str] = ()
+) -> list[Pass]:
     """Passes from what the user wrote.
 
     Args:
         strategy: A name, a pass, or a list of either.
         options: Options for the one pass that `strategy` names.
+        ran: Names of the passes that the model has already been through.
 
     Raises:
         UnknownStrategyError: No pass of that name; the nearest is suggested.
@@ -214,8 +217,8 @@ def resolve(strategy: "str | Pass | Sequence[str | Pass]", options: dict[str, An
     if options and (len(items) > 1 or isinstance(items[0], Pass)):
         raise ArgumentError("options", found=sorted(options), expected="options inside each pass object")
     passes = [item if isinstance(item, Pass) else _named(item, options) for item in items]
-    names = [p.name for p in passes]
-    for i, p in enumerate(passes):
+    names = [*ran, *(p.name for p in passes)]
+    for i, p in enumerate(passes, start=len(ran)):
         wrong = [name for name in names[:i] if name in p.before]
         if wrong:
             raise PassError(f"illegal order {names}: `{p.name}` must come before `{wrong[0]}`")

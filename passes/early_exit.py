@@ -199,6 +199,8 @@ def _within(node: fx.Node, path: str) -> bool:
 
 def _late_output(graph: Graph, cut: fx.Node) -> str | None:
     """Name of an output leaf, besides the prediction, that is not there yet where only `cut` has run."""
+    if len(graph.signature.output_names) == 1:
+        return None
     there: set[fx.Node] = set()
     queue = [cut]
     while queue:

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from dyncompile.errors import ArgumentError
 from dyncompile.graph import Graph, Spec, spec
-from dyncompile.nn import Admission, FramePolicy, Gate, SequencePolicy, SkippingLayer, StepGate, build_estimator
+from dyncompile.nn import Admission, FramePolicy, PacedGate, SequencePolicy, SkippingLayer, StepGate, build_estimator
 from dyncompile.ops import SELECT
 from dyncompile.passes.base import Pass, Refusal, Site, find
 from dyncompile.sequences import Backbone, Layer, backbone, flops_between, gather, layer_at, stacks
@@ -127,7 +127,8 @@ class FrameSkip(Pass):
 
     def _decide(self, graph: Graph, site: Site, first: Layer) -> fx.Node:
         """Insert an agent that decides ahead, and keep skipped frames out of the backbone."""
-        gate = Gate(self._policy(graph, first, site.data), estimator=build_estimator(self.estimator))
+        policy = self._policy(graph, first, site.data)
+        gate = PacedGate(policy, estimator=build_estimator(self.estimator), steps=first.steps)
         source = find(graph, site.data["frames"]) if "frames" in site.data else first.x
         decision, _ = graph.insert(f"gates.{site.name}", gate, [source], ("decision", "probability"))
         if "features" not in site.data:

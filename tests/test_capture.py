@@ -128,6 +128,20 @@ def test_which_leaf_is_the_prediction(device):
         capture(model, (x,), prediction="logits")
 
 
+def test_a_default_may_be_passed_or_left_out(device):
+    model = Lambda(lambda m, x: m.fc(x), fc=nn.Linear(4, 3)).to(device)
+    model.forward = lambda x, scale=1.5: model.fc(x) * scale
+    x = torch.randn(2, 4, device=device)
+    for example in ({}, {"scale": 1.5}):
+        flatten = capture(model, (x,), example).signature.flatten
+        assert [*map(id, flatten((x,), {}))] == [*map(id, flatten((x, 1.5), {}))] == [id(x)]
+        with pytest.raises(ArgumentError, match="`inputs`: found arguments"):
+            flatten((x, 2.0), {})
+    flatten = capture(model, (x,), {"scale": x[:, :1]}).signature.flatten
+    with pytest.raises(ArgumentError, match="`scale`: found 1.5; expected a tensor, as captured"):
+        flatten((x,), {})
+
+
 class TwoInputs(nn.Module):
     def __init__(self):
         super().__init__()
@@ -152,8 +166,9 @@ def test_keyword_arguments_pytrees_and_constants(device):
         ((), {"flip": True, "extra": extra, "x": {"a": a, "b": [b]}, "scale": None}),
     ):
         assert torch.equal(run(graph, *flatten(args, kwargs)), expected)
-    with pytest.raises(ArgumentError, match="found False as a constant argument; expected True"):
-        flatten(({"a": a, "b": [b]},), {"extra": extra, "flip": False})
+    for given in ({"flip": False}, {}):
+        with pytest.raises(ArgumentError, match="found False as a constant argument; expected True"):
+            flatten(({"a": a, "b": [b]},), {"extra": extra, **given})
     with pytest.raises(ArgumentError, match="`inputs`: found arguments"):
         flatten(({"a": a, "b": [b, b]},), {"extra": extra, "flip": True})
     with pytest.raises(ArgumentError, match="got an unexpected keyword argument 'nonsense'"):

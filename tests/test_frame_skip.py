@@ -13,7 +13,7 @@ import dyncompile as dc
 from dyncompile.capture import capture
 from dyncompile.capture.recurrent import KERNELS, RecurrentLayer
 from dyncompile.errors import ArgumentError, CaptureError, PassError
-from dyncompile.nn import SkippingLayer
+from dyncompile.nn import PacedGate, SkippingLayer, build_estimator
 from dyncompile.nn.ragged import CALL_FLOPS
 from dyncompile.passes import Refusal, Site
 from dyncompile.passes.frame_skip import FrameSkip
@@ -626,6 +626,28 @@ def test_decisions_that_depend_on_the_state_are_not_forced(device):
 
 @pytest.mark.parametrize("reads", ["input", "state"])
 @pytest.mark.parametrize("first", ["frame_skip", "early_exit"])
+class Rate(nn.Module):
+    """Logits at which every step of a sample is kept with the probability that the sample asks for."""
+
+    def forward(self, rates):
+        return torch.logit(rates).repeat_interleave(12)
+
+
+def test_evaluation_keeps_as_many_steps_as_training_on_average(device):
+    gate = PacedGate(Rate(), estimator=build_estimator("gumbel"), steps=12).to(device).eval()
+    gate.standardise = None
+    gate.enabled.fill_(True)
+    gate.offset.zero_()
+    rates = torch.tensor([0.0, 0.03, 0.25, 1 / 3, 0.9, 1.0], device=device)
+    kept = gate(rates)[0].view(6, 12)
+    assert kept.sum(1).tolist() == [0, 0, 3, 4, 11, 12]
+    assert kept[3].nonzero().flatten().tolist() == [1, 4, 7, 10]
+    gate.bias.fill_(50.0)
+    assert gate(rates[1:])[0].all()
+    gate.enabled.fill_(False)
+    assert gate(rates)[0].all()
+
+
 def test_with_early_exit(first, reads, device):
     model = Reader(num_layers=3, batch_first=True, reads=("last",)).to(device).eval()
     passes = [FrameSkip(reads=reads, hidden=4), dc.passes.early_exit.EarlyExit(exits=1)]

@@ -1,8 +1,10 @@
 """What a graph tells of a model: cut points, residual branches, FLOPs, shapes."""
 
+import copy
+
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from dyncompile.capture import capture
 from dyncompile.errors import MixedSamplesError
@@ -48,6 +50,28 @@ def test_residual_branches_are_all_found(captured, name, identity, projection):
         assert spec(b.add) == spec(b.output) == spec(b.shortcut)
 
 
+@pytest.mark.parametrize("name", ["resnet18", "swin_t", "densenet121"])
+def test_one_dominator_is_the_one_that_the_whole_tree_has(captured, name):
+    graph = captured(name)
+    assert len(graph.dominators) > 20
+    for node, found in graph.dominators.items():
+        assert graph.dominator(node) is found
+
+
+def test_nodes_are_found_by_name_also_after_the_graph_changed(captured):
+    graph = copy.copy(captured("resnet18"))
+    graph.fx = fx.Graph()
+    graph.fx.output((graph.fx.call_function(torch.zeros, (1,)),))
+    (zeros, output) = graph.fx.nodes
+    assert graph.find("zeros") is zeros
+    with graph.fx.inserting_before(output):
+        new = graph.fx.call_function(torch.ones, (1,))
+    assert graph.find("ones") is new
+    output.args = ((new,),)
+    graph.fx.erase_node(zeros)
+    assert graph.find("zeros") is None
+
+
 def test_bert_has_two_branches_a_layer(needs):
     transformers = needs("transformers")
     config = transformers.BertConfig(
@@ -58,6 +82,32 @@ def test_bert_has_two_branches_a_layer(needs):
     graph = capture(model, (), {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     assert len(graph.residual_branches) == 24
     assert all(b.identity for b in graph.residual_branches)
+
+
+def test_rotary_embeddings_do_not_bypass_the_layers_that_share_them():
+    class Rotary(nn.Module):
+        def forward(self, x):
+            angles = torch.arange(x.shape[1], device=x.device)[:, None] / torch.arange(1, x.shape[2] + 1)
+            return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rotary = Rotary()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+            self.fc = nn.Linear(8, 2)
+
+        def forward(self, x):
+            h = self.layers[0](x)
+            cos, sin = self.rotary(h)
+            for layer in self.layers[1:]:
+                h = layer(h * cos + h.flip(-1) * sin) + h
+            return self.fc(h.mean(1))
+
+    graph = capture(Model(), (torch.randn(2, 5, 8),))
+    adds = [n for n in graph.cut_points if n in {b.add for b in graph.residual_branches}]
+    assert len(adds) == 2
+    assert "layers.0" in [str(n.target) for n in graph.cut_points]
 
 
 def test_cut_points_of_a_resnet_are_its_trunk(captured):

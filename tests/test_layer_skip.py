@@ -74,6 +74,51 @@ def sites(model, *inputs, **options):
 # --- where ---------------------------------------------------------------------------------------
 
 
+class Bypassed(nn.Module):
+    """Two branches, the second with one inside of it; the head also reads what lies before them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.first, self.inside = nn.Linear(6, 16), Branch(16), Branch(16)
+        self.outer, self.fc = nn.Linear(16, 16), nn.Linear(32, 3)
+
+    def forward(self, x):
+        stem = self.stem(x)
+        x = self.first(stem)
+        x = x + self.outer(self.inside(x))
+        return self.fc(torch.cat((x, stem), 1))
+
+
+def test_branches_beside_the_trunk_and_inside_of_another(device):
+    dyn = gated(Bypassed(), torch.randn(2, 6), device)
+    assert len(dyn.gates) == 3
+    enabled(dyn)
+    fast = dc.lower(dyn, backend="eager")
+    x = torch.randn(8, 6, device=device)
+    for shares in ([0.5, 0.5, 0.5], [1.0, 0.5, 0.0], [0.0, 1.0, 0.5]):
+        chosen = dict(zip(dyn.gates, shares, strict=True))
+        with forced(dyn, chosen), forced(fast, chosen):
+            torch.testing.assert_close(fast(x), dyn(x))
+    assert fast.last_run == {"always": 8, "gate2": 4, "gate2 & gate1": 4}
+
+
+def test_a_sum_of_two_parts_is_no_shortcut(device):
+    class Split(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.part, self.fc = nn.Linear(6, 16), Branch(8), nn.Linear(16, 3)
+            self.first = nn.Linear(8, 8)
+
+        def forward(self, x):
+            left, right = self.stem(x).chunk(2, 1)
+            left = self.first(left)
+            return self.fc(torch.cat((left, self.part.outer(self.part.inner(left + right).relu())), 1))
+
+    model = Split()
+    model.part.outer = nn.Linear(64, 8)
+    assert sites(model, torch.randn(2, 6)) == ([], [])
+
+
 def test_golden_graph(device):
     dyn = gated(residual(Branch(16)), torch.randn(2, 6), device)
     assert [f"{n.name} = {n.target}{n.args}" for n in dyn.graph.fx.nodes][1:-1] == [

@@ -284,7 +284,39 @@ def test_what_is_no_model(model, message):
         dc.dynamize(model)
 
 
-def test_a_dynamic_model_is_not_converted_again(converted):
+def test_a_dynamic_model_gets_further_passes(device, tmp_path):
+    model = images().to(device)
+    x = torch.randn(4, 3, 8, 8, device=device)
+    gated = dc.dynamize(model, "layer_skip", example_inputs=x)
+    for gate in gated.gates.values():
+        gate.enabled.fill_(True)
+        gate.bias.fill_(-0.1)
+        torch.nn.init.normal_(gate.shift)
+    gated.eval()
+    before = {name: value.clone() for name, value in gated.state_dict().items()}
+    both = dc.dynamize(gated, "early_exit", exits=1)
+    assert gated.state_dict().keys() == before.keys()
+    assert list(gated.exits) == []
+    assert torch.equal(both(x), gated(x))
+    for name, value in before.items():
+        assert torch.equal(both.state_dict()[name], value)
+    both.exits["exit0"].enabled.fill_(True)
+    both.exits["exit0"].threshold.fill_(0.0)
+    assert both.trace(x).cost.mean() < gated.trace(x).cost.mean()
+    torch.testing.assert_close(dc.lower(both, "eager")(x), both(x))
+
+    at_once = dc.dynamize(model, ["layer_skip", EarlyExit(exits=1)], example_inputs=x)
+    assert both.recipe.steps == at_once.recipe.steps
+    assert both.state_dict().keys() == at_once.state_dict().keys()
+    dc.save(both, tmp_path / "both")
+    assert torch.equal(dc.load(tmp_path / "both", model).eval()(x), both(x))
+
+
+def test_further_passes_that_are_refused(converted):
     _, dyn, inputs = converted("early_exit", "images")
-    with pytest.raises(ArgumentError, match="`model`: found a dynamic model"):
+    with pytest.raises(ArgumentError, match="`example_inputs`: found a value; expected none: a dynamic model has it"):
         dc.dynamize(dyn, example_inputs=inputs(2))
+    with pytest.raises(PassError, match="a pass is applied once"):
+        dc.dynamize(dyn, "early_exit")
+    with pytest.raises(ArgumentError, match="found one cast to float64; expected float32, as converted"):
+        dc.dynamize(copy.deepcopy(dyn).double(), "layer_skip")

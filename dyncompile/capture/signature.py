@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch.utils._pytree as pytree
@@ -40,7 +40,7 @@ class Signature:
     def of(cls, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "Signature":
         """Read the signature off one call."""
         parameters = inspect.signature(model.forward)
-        bound = _bind(parameters, args, kwargs)
+        bound = _bind(parameters, args, kwargs, [])
         named, spec = pytree.tree_flatten_with_path(bound)
         constants = {i: v for i, (_, v) in enumerate(named) if not isinstance(v, Tensor)}
         names = tuple(_name(path) for path, value in named if isinstance(value, Tensor))
@@ -75,7 +75,7 @@ class Signature:
         """
         if self.single and not kwargs and len(args) == 1 and isinstance(args[0], Tensor):
             return [args[0]]
-        leaves, spec = pytree.tree_flatten(_bind(self.parameters, args, kwargs))
+        leaves, spec = pytree.tree_flatten(_bind(self.parameters, args, kwargs, self.arguments))
         if spec != self.spec:
             raise ArgumentError(
                 "inputs",
@@ -89,7 +89,11 @@ class Signature:
                     found=f"{leaves[i]!r} as a constant argument",
                     expected=f"{value!r}, which was captured; capture again for another",
                 )
-        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        tensors = [leaf for i, leaf in enumerate(leaves) if i not in self.constants]
+        for name, leaf in zip(self.names, tensors, strict=True):
+            if not isinstance(leaf, Tensor):
+                raise ArgumentError(name, found=repr(leaf), expected="a tensor, as captured")
+        return tensors
 
     def call_arguments(self, tensors: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments for the static model from flat tensors: the inverse of `flatten`."""
@@ -144,17 +148,24 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     return [(_name(path) or "output", leaf) for path, leaf in pytree.tree_flatten_with_path(tree)[0]]
 
 
-def _bind(parameters: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _bind(
+    parameters: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any], captured: Collection[str]
+) -> dict[str, Any]:
+    """Arguments by name, in the forward's order: what was captured, and what is not at its default."""
     try:
         bound = parameters.bind(*args, **kwargs)
     except TypeError as error:
         raise ArgumentError("inputs", found=str(error), expected=f"a call like {parameters}") from None
-    # An argument passed as its own default says nothing.
-    return {
-        name: value
-        for name, value in bound.arguments.items()
-        if not (value is None and parameters.parameters[name].default is None)
-    }
+    given = {n for n, v in bound.arguments.items() if not _same(v, parameters.parameters[n].default)}
+    bound.apply_defaults()
+    return {n: v for n, v in bound.arguments.items() if n in given or (n in captured and v is not None)}
+
+
+def _same(value: Any, default: Any) -> bool:
+    # By type first: a tensor compares element by element, and 1 == True.
+    return value is default or (
+        type(value) is type(default) and isinstance(value, bool | int | float | str) and value == default
+    )
 
 
 def _name(path: pytree.KeyPath) -> str:

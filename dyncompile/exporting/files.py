@@ -47,7 +47,8 @@ def export(
             batch as soon as one row takes it; for batch 1, and what `*.pt2` always does. "stages": an ONNX file for
             each segment, a manifest, and the host (`dyncompile.exporting.stages.StagedModel`) between them.
         decisions: ONNX outputs beside the model's own: `decisions.NAME` int64 for each decision, -1 for rows that did
-            not come to it, and `exit`, the number of the exit that a sample took.
+            not come to it, and `exit`, the number of the exit that a sample took: its place among the model's exits,
+            disabled ones counted; how many these are where it took none.
         calibration: Kept in the file's metadata, with the recipe and the costs.
 
     Returns:

@@ -3,7 +3,7 @@
 from dyncompile.nn.criteria import CRITERIA, Criterion, certainty
 from dyncompile.nn.estimators import ESTIMATORS, Estimator, build_estimator
 from dyncompile.nn.exits import Exit
-from dyncompile.nn.frames import Admission, FramePolicy, SequencePolicy
+from dyncompile.nn.frames import Admission, FramePolicy, PacedGate, SequencePolicy
 from dyncompile.nn.gates import Gate
 from dyncompile.nn.heads import Feature, Pool, build_head
 from dyncompile.nn.policies import ConvolutionalPolicy, FeedForwardPolicy, RecurrentPolicy
@@ -21,6 +21,7 @@ __all__ = [
     "FeedForwardPolicy",
     "FramePolicy",
     "Gate",
+    "PacedGate",
     "Pool",
     "RecurrentPolicy",
     "SequencePolicy",

@@ -1,8 +1,11 @@
-"""Policies that look at single frames of a sequence."""
+"""Policies that look at single frames of a sequence, and how they share out the steps that are kept."""
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from dyncompile.nn.estimators import Estimator
+from dyncompile.nn.gates import Gate
 from dyncompile.nn.heads import Feature
 from dyncompile.nn.policies import ConvolutionalPolicy, last_layer
 
@@ -49,6 +52,36 @@ class SequencePolicy(nn.Module):
         """Logits `[N * T]`, the steps of a sample next to each other."""
         rows = x if self.batch_first else x.transpose(0, 1)
         return self.frame(rows.flatten(0, 1))  # type: ignore[no-any-return]
+
+
+class PacedGate(Gate):
+    """Decides for the steps of sequences ahead; in evaluation it keeps as many steps as training does on average.
+
+    Probabilities add up along a sequence, and a step is kept where the sum passes the next whole number (rounded; Skip
+    RNN, arXiv 1708.06834, accumulates likewise). Where a sequence looks the same all along, a decision step by step
+    would keep all of it or nothing; this keeps every third step at a probability of 1/3. At 0 and 1 both agree.
+
+    Args:
+        policy: Maps features to logits `[N * T]`, the steps of a sample next to each other.
+        estimator: How training decides.
+        steps: T.
+    """
+
+    def __init__(self, policy: nn.Module, *, estimator: Estimator, steps: int) -> None:
+        super().__init__(policy, estimator=estimator)
+        self.steps = steps
+
+    def _decide(self, logits: Tensor) -> Tensor:
+        if self.training:
+            return super()._decide(logits)
+        # In float64, so that a sum along a long sequence rounds alike however it is computed.
+        p = torch.sigmoid(logits.float() + self.bias).double().view(-1, self.steps)
+        passed = (p.cumsum(1) + 0.5).floor()
+        kept = passed - F.pad(passed[:, :-1], (1, 0)) > 0
+        return kept.flatten() | ~self.enabled
+
+    def extra_repr(self) -> str:
+        return f"steps={self.steps}, {super().extra_repr()}"
 
 
 class Admission(nn.Module):

@@ -42,8 +42,8 @@ def project(pytester):
     # What a run inside of this run imports it forgets, and torch takes no module twice.
     assert_convertible(model(), "early_exit", exits=1, batches=(2,), export=False)
     pytester.makepyfile(test_project=PROJECT)
-    # With torch in memory, collecting garbage at the end of each run takes seconds.
-    return functools.partial(pytester.runpytest_inprocess, "-p", "no:unraisableexception")
+    # Hypothesis is imported anew for the summary of each run, for seconds.
+    return functools.partial(pytester.runpytest_inprocess, "-p", "no:hypothesispytest")
 
 
 def test_a_project_commits_a_baseline_and_is_told_what_moved(project, pytester):

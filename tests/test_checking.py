@@ -12,7 +12,12 @@ from torch import nn
 import dyncompile as dc
 from dyncompile.checking import Baseline, Report, Result, Settings, check
 from dyncompile.checking.baseline import Place, Refused, Snapshot, differences
-from dyncompile.checking.contracts import Run, lowered_equals_reference, skips_as_planned
+from dyncompile.checking.contracts import (
+    Run,
+    gradient_reaches_every_parameter,
+    lowered_equals_reference,
+    skips_as_planned,
+)
 from dyncompile.checking.deciding import BATCHES, settle, switch_on
 from dyncompile.checking.formats import annotations, to_junit
 from dyncompile.errors import BaselineError
@@ -313,6 +318,29 @@ def test_the_model_is_left_as_it_was(device):
     assert all(p.grad is None for p in model.parameters())
 
 
+class Block(nn.Module):
+    """A residual block whose last norm sees other values where the layer before it is narrower."""
+
+    def __init__(self):
+        super().__init__()
+        layers = [nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 3, padding=1), nn.BatchNorm2d(8)]
+        self.body = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return x + self.body(x)
+
+
+def test_norms_of_an_arm_that_nobody_takes_at_birth_are_trained(device):
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)]
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), Block(), Block(), *head).to(device)
+    example = torch.randn(2, 3, 8, 8, device=device)
+    dyn = dc.dynamize(model, ["channel_gate", "layer_skip"], example_inputs=example)
+    assert any("arm0" in name for name, _ in dyn.named_parameters())
+    assert not gradient_reaches_every_parameter(model, dyn)
+    dyn.exits.register_parameter("spare", nn.Parameter(torch.zeros(1, device=device)))
+    assert gradient_reaches_every_parameter(model, dyn).startswith("no gradient reaches `exits.spare`: neither")
+
+
 # --- the baseline --------------------------------------------------------------------------------
 
 
@@ -370,11 +398,15 @@ def test_a_baseline_is_read_as_it_was_written(folder):
     [
         ("", "is no JSON"),
         ('{"format": "dyncompile-lock", "version": 1, "models": {', "is no JSON"),
-        ("[]", "is malformed: `the file`"),
-        ('{"format": "dyncompile-recipe"}', "is malformed: `format`"),
-        ('{"version": 99}', "has version 99; this dyncompile reads up to 1: upgrade it"),
-        ('{"models": {"m": {"s": {"sites": []}}}}', "is malformed: `models.m.s.flops`: Field required"),
-        ('{"models": {}, "spam": 1}', "is malformed: `spam`"),
+        ("[]", "is no baseline: it has no `format` 'dyncompile-lock'"),
+        ('{"format": "dyncompile-recipe"}', "is no baseline"),
+        ('{"format": "dyncompile-lock", "version": 99}', "has version 99; this dyncompile reads up to 1: upgrade it"),
+        ('{"format": "dyncompile-lock", "version": "x"}', "is malformed: `version`"),
+        (
+            '{"format": "dyncompile-lock", "models": {"m": {"s": {}}}}',
+            "is malformed: `models.m.s.flops`: Field required",
+        ),
+        ('{"format": "dyncompile-lock", "spam": 1}', "is malformed: `spam`"),
         ("\xff", "is no JSON"),
     ],
 )

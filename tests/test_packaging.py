@@ -16,10 +16,12 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 HEAVY = [
     "jinja2",
+    "junitparser",
     "lightning",
     "matplotlib",
     "onnx",
     "onnxruntime",
+    "pytest",
     "scipy",
     "sklearn",
     "tensorboard",
@@ -74,6 +76,8 @@ def test_entry_points():
     assert [script.value for script in scripts] == ["dyncompile.cli:main"]
     passes = importlib.metadata.entry_points(group="dyncompile.passes")
     assert {entry.name: entry.load().name for entry in passes}["early_exit"] == "early_exit"
+    plugins = importlib.metadata.entry_points(group="pytest11", name="dyncompile")
+    assert [plugin.value for plugin in plugins] == ["pytest_dyncompile"]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +86,7 @@ def dist(tmp_path_factory):
     pytest.importorskip("build", reason="needs build")
     pytest.importorskip("setuptools", reason="needs setuptools")
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "pytest_dyncompile.py"):
         shutil.copy(ROOT / name, source)
     ignore = shutil.ignore_patterns("__pycache__")
     for name in ("dyncompile", "passes"):
@@ -93,7 +97,7 @@ def dist(tmp_path_factory):
 
 def expected_files():
     """Every Python file, under the name it is installed by."""
-    files = {"dyncompile/py.typed"}
+    files = {"dyncompile/py.typed", "pytest_dyncompile.py"}
     for path in (ROOT / "dyncompile").rglob("*.py"):
         files.add(path.relative_to(ROOT).as_posix())
     for path in (ROOT / "passes").glob("*.py"):

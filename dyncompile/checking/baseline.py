@@ -16,6 +16,8 @@ from dyncompile.module import DynamicModule
 
 VERSION = 1
 
+_FORMAT: Literal["dyncompile-lock"] = "dyncompile-lock"
+
 T = TypeVar("T", "Place", "Refused")
 
 # Shares of the cost are written to four digits; kernels of another version of torch may count a little differently.
@@ -97,7 +99,7 @@ class Baseline(_Plain):
         models: Conversions by model and strategy.
     """
 
-    format: Literal["dyncompile-lock"] = "dyncompile-lock"
+    format: Literal["dyncompile-lock"] = _FORMAT
     version: int = VERSION
     models: dict[str, dict[str, Snapshot]] = {}
 
@@ -128,7 +130,9 @@ class Baseline(_Plain):
             raw = json.loads(text)
         except json.JSONDecodeError as error:
             raise BaselineError(f"the baseline {path} is no JSON: {error}; {_REMAKE}") from error
-        version = raw.get("version") if isinstance(raw, dict) else None
+        if not isinstance(raw, dict) or raw.get("format") != _FORMAT:
+            raise BaselineError(f"{path} is no baseline: it has no `format` {_FORMAT!r}")
+        version = raw.get("version")
         if isinstance(version, int) and version > VERSION:
             message = f"the baseline {path} has version {version}; this dyncompile reads up to {VERSION}: upgrade it"
             raise BaselineError(message)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dyncompile.capture.check import distance, same, undisturbed
 from dyncompile.checking.deciding import BATCHES, drawn, samples
 from dyncompile.lowering import LoweredModule
-from dyncompile.module import DynamicModule
+from dyncompile.module import DynamicModule, decision_routes
 from dyncompile.nn.ragged import free_calls
 from dyncompile.shapes import flop_counter
 from dyncompile.testing import forced
@@ -68,32 +68,59 @@ def _copied(value: Any) -> Any:
 def gradient_reaches_every_parameter(static: nn.Module, dyn: DynamicModule) -> str:
     """A loss on the predictions and the expected cost has a gradient for every parameter.
 
-    Every new one, which may not be zero, and every one of the static model that had one before.
+    Every new one, which may not be zero, and every one of the static model that had one before. What lies in an arm
+    that nobody takes at birth, such as the norms of a narrower width, must have it where arms are mixed in equal parts.
 
     Args:
         static: The static model, or its capture without any pass.
         dyn: The dynamic model.
     """
     args, kwargs = samples(dyn, 4)
-    with undisturbed(dyn), undisturbed(static), torch.enable_grad():
-        dyn.train()
+    with undisturbed(static), torch.enable_grad():
         static.train()
-        trace = dyn.trace(*args, **kwargs)
-        loss = trace.cost.mean() + sum(_size(value) for value in (trace.output, trace.final, *trace.exits.values()))
-        reached = _gradients(loss, dyn)
         before = _gradients(_size(static(*args, **kwargs)), static)
+    reached = _reached(dyn)
     known = {name for name, _ in static.named_parameters()}
     new = [name for name in reached if name not in known]
+    if any(not _flows(reached[name]) for name in new):
+        with _halved(dyn):
+            taken = _reached(dyn)
+        reached |= {name: taken[name] for name in new if _flows(taken[name])}
     cut = [name for name in new if reached[name] is None]
     if cut:
         why = "neither the predictions nor the expected cost hang on them differentiably"
         advice = "is their module used, and does a `detach`, a comparison or an argmax cut the way?"
         return f"no gradient reaches {_named(cut)}: {why}; {advice}"
-    zero = [name for name in new if not bool(reached[name].abs().sum() > 0)]
+    zero = [name for name in new if not _flows(reached[name])]
     if zero:
-        return f"the gradient of {_named(zero)} is zero: nothing would train them"
+        return f"the gradient of {_named(zero)} is zero, whatever is decided: nothing would train them"
     lost = [name for name, gradient in before.items() if gradient is not None and reached.get(name) is None]
     return f"the static model's {_named(lost)} had a gradient and has none now" if lost else ""
+
+
+@contextmanager
+def _halved(dyn: DynamicModule) -> Iterator[None]:
+    """In training each decision is a half, and each arm of a route has an equal share."""
+    routes = decision_routes(dyn.graph.fx)
+    before = dyn._override
+    dyn._override = lambda name, value: torch.full_like(value, 1 / routes.get(name, 2))
+    try:
+        yield
+    finally:
+        dyn._override = before
+
+
+def _reached(dyn: DynamicModule) -> dict[str, Any]:
+    args, kwargs = samples(dyn, 4)
+    with undisturbed(dyn), torch.enable_grad():
+        dyn.train()
+        trace = dyn.trace(*args, **kwargs)
+        loss = trace.cost.mean() + sum(_size(value) for value in (trace.output, trace.final, *trace.exits.values()))
+        return _gradients(loss, dyn)
+
+
+def _flows(gradient: Tensor | None) -> bool:
+    return gradient is not None and bool(gradient.abs().sum() > 0)
 
 
 def _size(output: Any) -> Tensor:

@@ -18,8 +18,6 @@ def table(report: Report) -> Table:
         title=f"{report.model}, {report.strategy}",
         title_justify="left",
         title_style="bold",
-        caption=_summary(report),
-        caption_justify="left",
         box=None,
         pad_edge=False,
         show_header=False,
@@ -36,9 +34,10 @@ def table(report: Report) -> Table:
     return shown
 
 
-def _summary(report: Report) -> str:
+def summary(report: Report) -> str:
+    """One conversion in a line."""
     if report.snapshot is None:
-        return ""
+        return "nothing was rewritten"
     found = report.snapshot
     places = f"sites: {len(found.sites)}, places refused: {len(found.refused)}"
     return f"{places}; {found.flops / 1e6:.2f} MFLOPs per sample in the static model"

@@ -107,6 +107,7 @@ def check(
                 advice = f"if this is meant, run again with --update and commit {baseline}"
                 compare(report, before.find(report.model, report.strategy), advice=advice)
             console.print(formats.table(report), highlight=False)
+            console.print(formats.summary(report), highlight=False, style="dim")
             console.print()
             for annotation in formats.annotations(report, file, line) if annotated else ():
                 console.print(annotation, highlight=False, soft_wrap=True, markup=False)

@@ -271,13 +271,13 @@ def test_a_picture_names_every_contestant_and_has_no_ground(board, needs):
 
 
 def test_names_keep_off_each_other(board, needs, monkeypatch):
-    needs("matplotlib")
+    text = needs("matplotlib.text")
     boxes = []
     kept = pictures._svg
 
     def measured(figure):
         figure.draw_without_rendering()
-        boxes.extend(t.get_window_extent() for axes in figure.axes for t in axes.texts)
+        boxes.extend(text.Text.get_window_extent(t) for axes in figure.axes for t in axes.texts)
         return kept(figure)
 
     monkeypatch.setattr(pictures, "_svg", measured)

@@ -206,7 +206,7 @@ def _timed(
     """Seconds of a call, and of what it is compared with: of each the shortest round, since they are subtracted."""
     repeats = max(1, 200 // max(len(fast.plan.demand.units), 1))
     clock = time.process_time if device == "cpu" else time.perf_counter
-    calls = {"call": partial(fast, x), "alone": alone}
+    calls: dict[str, Callable[[], object]] = {"call": partial(fast, x), "alone": alone}
     times = take_turns(calls, rounds=rounds, repeats=repeats, device=device, clock=clock)
     return min(times["call"].seconds), min(times["alone"].seconds)
 

@@ -18,8 +18,6 @@ MARKS = {"static": "s", "mechanism": "^", "dyncompile": "o"}
 INK = "#808a96"
 _DASHED: dict[str, Any] = {"color": INK, "linewidth": 1, "linestyle": (0, (4, 3)), "zorder": 1}
 _LEADER = {"arrowstyle": "-", "color": INK, "linewidth": 0.6, "shrinkB": 4, "shrinkA": 1}
-_CHARACTER = 0.62
-"""Width of a character, of the size of the font."""
 
 
 def frontier(board: Scoreboard, batch: int) -> str:
@@ -42,9 +40,9 @@ def frontier(board: Scoreboard, batch: int) -> str:
         axes.xaxis.set_major_formatter(_plain)
         axes.xaxis.set_minor_formatter(_plain)
         axes.xaxis.set_minor_locator(require("matplotlib.ticker", extra="report").LogLocator(subs=(2.0, 5.0)))
-        _label(figure, axes, [(_place(s, batch), _short(s), COLOURS[s.family]) for s in shown])
         axes.legend(frameon=False, labelcolor=INK, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
         axes.set_title(board.title, color=INK, pad=30)
+        _label(figure, axes, [(_place(s, batch), _short(s), COLOURS[s.family]) for s in shown])
         return _svg(figure)
 
 
@@ -60,9 +58,7 @@ def growth(table: Table) -> str:
             if column != wanted[-1]:
                 one.set_yscale("log")
                 # Linear growth through the last point.
-                one.plot(
-                    sizes, [values[-1] * s / sizes[-1] for s in sizes], color=INK, linewidth=1, linestyle=(0, (4, 3))
-                )
+                one.plot(sizes, [values[-1] * size / sizes[-1] for size in sizes], **_DASHED)
             else:
                 one.axhline(30, **_DASHED)
                 one.set_ylim(0, max(32, *values))
@@ -106,13 +102,15 @@ def _figure(width: float, height: float, *, columns: int = 1) -> Iterator[tuple[
 def _label(figure: Any, axes: Any, labels: Sequence[tuple[tuple[float, float], str, str]]) -> None:
     """Names beside their points, over neither another name nor a point; a line leads to those that are far off."""
     figure.draw_without_rendering()
-    size = axes.xaxis.label.get_size()
     scale = figure.dpi / 72
     points = [tuple(axes.transData.transform(place)) for place, _, _ in labels]
     box = axes.get_window_extent()
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in points]
     for (x, y), (place, text, colour) in sorted(zip(points, labels, strict=True), key=lambda item: -item[0][1]):
-        width, height = _CHARACTER * size * scale * len(text), 1.15 * size * scale
+        probe = axes.text(0, 0, text)
+        extent = probe.get_window_extent()
+        probe.remove()
+        width, height = extent.width + 2, extent.height
         best = min(
             _candidates(x, y, width, height),
             key=lambda found: (
@@ -124,17 +122,16 @@ def _label(figure: Any, axes: Any, labels: Sequence[tuple[tuple[float, float], s
         left, low, right, high = best
         near = _distance(best, x, y) < 12 * scale
         middle = ((left + right) / 2, (low + high) / 2)
-        axes.annotate(
+        label = axes.annotate(
             text,
             xy=place,
             xytext=axes.transData.inverted().transform(middle),
             ha="center",
             va="center",
             color=colour,
-            arrowprops=None
-            if near
-            else {"arrowstyle": "-", "color": INK, "linewidth": 0.6, "shrinkB": 4, "shrinkA": 1},
+            arrowprops=None if near else _LEADER,
         )
+        label.set_in_layout(False)  # places were found for the layout without them
 
 
 Box = tuple[float, float, float, float]

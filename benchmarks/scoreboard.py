@@ -86,7 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for batch, count in (QUICK_STREAM if options.quick else STREAM).items():
             batches = [part for part in run.splits.test.tensors[0].split(batch) if len(part) == batch][:count]
             if batches:
-                timed(board, calls, batches, rounds=rounds)
+                fitting = {c.name: calls[c.name] for c in chosen if c.name in calls and batch >= c.smallest}
+                timed(board, fitting, batches, rounds=rounds)
             board.write(out)
         for contestant in chosen:
             if contestant.name in calls:
@@ -128,11 +129,13 @@ def timed(board: Scoreboard, calls: dict[str, dict[str, Call]], batches: list[Te
         best[name] = min(found, key=lambda form: found[form].mean.median)
     streams = stream({name: calls[name][form] for name, form in best.items()}, batches, rounds=rounds)
     for score in board.scores:
-        found_ = streams[score.name]
+        if score.name not in streams:
+            continue
+        taken = streams[score.name]
         score.forms[batch] = best[score.name]
-        score.seconds[batch], score.spread[batch] = found_.mean.median, found_.mean.iqr
+        score.seconds[batch], score.spread[batch] = taken.mean.median, taken.mean.iqr
         if batch == 1:
-            score.p50, score.p95 = found_.quantile(0.5), found_.quantile(0.95)
+            score.p50, score.p95 = taken.quantile(0.5), taken.quantile(0.95)
 
 
 def weigh(board: Scoreboard, contestant: Contestant, run: Run, *, quick: bool) -> None:

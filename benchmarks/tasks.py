@@ -39,7 +39,7 @@ class Splits:
         describe: In words.
     """
 
-    train: Dataset[tuple[Tensor, Tensor]]
+    train: Dataset[tuple[Tensor, ...]]
     validation: TensorDataset
     calibration: TensorDataset
     test: TensorDataset

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -110,7 +111,8 @@ class DynamicModule(nn.Module):
 
     def examples(self, batch: int) -> list[Tensor]:
         """Example inputs of a batch size, on the model's present device and in its present dtype."""
-        first = next((t for t in (*self.parameters(), *self.buffers()) if t.is_floating_point()), None)
+        tensors = itertools.chain(self.parameters(), self.buffers())
+        first = next((t for t in tensors if t.is_floating_point()), None)
         sized = resize(self._graph.inputs, self._graph.batch_dims, batch)
         if first is None:
             return list(sized)

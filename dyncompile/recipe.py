@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib
+import itertools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -91,7 +92,8 @@ def state_shapes(model: nn.Module) -> dict[str, str]:
 
 def floating_dtype(model: nn.Module) -> str:
     """The dtype of a model's first floating parameter or buffer; `float32` where there is none."""
-    tensors = (t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point())
+    # One after the other, since the first parameter nearly always answers and an eager call asks.
+    tensors = (t for t in itertools.chain(model.parameters(), model.buffers()) if t.is_floating_point())
     return next((str(t.dtype).removeprefix("torch.") for t in tensors), "float32")
 
 

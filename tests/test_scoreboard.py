@@ -55,8 +55,9 @@ def test_every_contestant_is_scored_on_every_task(quick):
         for score in board.scores:
             assert 0 <= score.accuracy <= 1
             assert score.cost > 0
-            assert set(score.seconds) >= {1, 16, 64}, score.name
-            assert 0 < score.p50 <= score.p95
+            alone = "one by one" not in score.name
+            assert set(score.seconds) >= ({1, 16, 64} if alone else {16, 64}), score.name
+            assert not alone or 0 < score.p50 <= score.p95
             assert score.compile > 0
     names = {score.name for score in quick["fashion-resnet"].scores}
     assert {
@@ -270,13 +271,13 @@ def test_a_picture_names_every_contestant_and_has_no_ground(board, needs):
 
 
 def test_names_keep_off_each_other(board, needs, monkeypatch):
-    needs("matplotlib")
+    text = needs("matplotlib.text")
     boxes = []
     kept = pictures._svg
 
     def measured(figure):
         figure.draw_without_rendering()
-        boxes.extend(t.get_window_extent() for axes in figure.axes for t in axes.texts)
+        boxes.extend(text.Text.get_window_extent(t) for axes in figure.axes for t in axes.texts)
         return kept(figure)
 
     monkeypatch.setattr(pictures, "_svg", measured)

@@ -4,6 +4,7 @@ import copy
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -28,11 +29,13 @@ class Contestant(ABC):
         family: What tables and pictures put together.
         note: What a reader should know of it; "" for nothing.
         together: Whether a batch is decided about as a whole, so that answers hang on how large it is.
+        smallest: Batch size from which on it is another contestant than those before it.
     """
 
-    family: str
-    note: str = ""
-    together: bool = False
+    family: ClassVar[str]
+    note: ClassVar[str] = ""
+    together: ClassVar[bool] = False
+    smallest: ClassVar[int] = 1
 
     @property
     @abstractmethod

@@ -18,6 +18,7 @@ class OneByOne(Contestant):
     strategy: str
 
     family: ClassVar[str] = "mechanism"
+    smallest: ClassVar[int] = 2
 
     @property
     def name(self) -> str:

@@ -19,9 +19,6 @@ from dyncompile.shapes import Size, Spec, is_tensor, mixed, probe, spec
 __all__ = ["Branch", "Graph", "Size", "Spec", "attribute", "is_add", "is_tensor", "mixed", "program", "spec"]
 
 
-_DERIVED = ("trunk", "dominators", "cut_points", "residual_branches")
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Branch:
     """A residual branch: `add(output, shortcut)`.
@@ -78,11 +75,6 @@ class Graph:
             shape = tuple(tensor.shape)
             before, after = (shape, ()) if dim is None else (shape[:dim], shape[dim + 1 :])
             self._sizes.append((name, dim, before, after))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies leave out what is derived from the nodes, which would hold nodes of the original."""
-        kept = {name: value for name, value in self.__dict__.items() if name not in _DERIVED}
-        return {**kept, "_named": {}, "_feeds": {}}
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The flat tensors of a call.
@@ -300,7 +292,7 @@ class Graph:
 
     def invalidate(self) -> None:
         """Forget what was derived from the nodes, after they changed."""
-        for name in _DERIVED:
+        for name in ("trunk", "dominators", "cut_points", "residual_branches"):
             self.__dict__.pop(name, None)
 
     def channel_dim(self, node: Node) -> int:

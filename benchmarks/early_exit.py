@@ -12,9 +12,7 @@ same run on the same input, in turns; medians and quartiles of the rounds; JSON 
 """
 
 import argparse
-import shlex
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -36,19 +34,19 @@ NOBODY = {1: 1.05}
 ROUNDS = {1: 60, 16: 25, 64: 12}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.early_exit", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", choices=["resnet18", "resnet20", "vit"], help="default: all")
     parser.add_argument("--quick", action="store_true", help="a tiny model: does everything run?")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--out", type=Path, default=Path("early_exit.json"), help="JSON; Markdown goes beside it")
     parser.add_argument("--skip", nargs="*", default=[], choices=["time", "compile", "memory", "peer"])
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     harness.keep_memory()
     cases = QUICK if options.quick else {n: c for n, c in CASES.items() if n.startswith(options.model or "")}
     report = Report(
-        command=f"python -m benchmarks.early_exit {shlex.join(sys.argv[1:])}".strip(),
+        command=harness.command("early_exit", arguments),
         machine=harness.machine(options.device),
         settings={"models": ", ".join(cases), "rounds": 2 if options.quick else str(ROUNDS)},
     )

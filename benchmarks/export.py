@@ -5,15 +5,14 @@ so that a share of the samples decides each way, and times onnxruntime in turns 
 thread. Batch 1 is a stream of single samples through `routing="batch"`, batch 32 goes through `routing="sample"`. Keep
 the core quiet. The weights are random and the knobs chosen on the inputs: what is measured is time.
 
-`--digits` compares the files with the lowered model instead, outputs and decisions, on 1,000 real images.
+`--equal` compares files with the lowered model instead, outputs and decisions, on 1,000 real inputs each
+(`benchmarks.equality`); it needs torchvision, aeon and the Debian package dataset-fashion-mnist.
 """
 
 import argparse
 import dataclasses
-import shlex
-import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 import dyncompile as dc
-from benchmarks import harness
+from benchmarks import equality, harness
 from benchmarks.cases import CASES, torchvision
+from benchmarks.deciding import enable, settle
 from benchmarks.early_exit import realised_saving
 from benchmarks.harness import Report, Table, Target, Timing, take_turns
 from dyncompile.demo.models import ResNet, resnet20
-from dyncompile.nn import Exit, Gate
 from dyncompile.passes import Pass
 from dyncompile.passes.early_exit import EarlyExit
 from dyncompile.passes.frame_skip import FrameSkip
@@ -57,8 +56,7 @@ class Case:
         torch.manual_seed(0)
         model = self.build().eval()
         dyn = dc.dynamize(model, self.passes, example_inputs=torch.randn(2, *self.shape)).eval()
-        for module in (*dyn.exits.values(), *dyn.gates.values()):
-            module.get_buffer("enabled").fill_(True)
+        enable(dyn)
         return model, dyn
 
 
@@ -95,41 +93,6 @@ QUICK = {
     ),
     "lstm, frame_skip": Case(build=lambda: Reader(8, 16), passes=[FrameSkip()], shape=(12, 8)),
 }
-
-
-def exits(dyn: dc.DynamicModule) -> dict[str, Exit]:
-    """The exits of a model."""
-    return {name: module for name, module in dyn.exits.items() if isinstance(module, Exit)}
-
-
-def gates(dyn: dc.DynamicModule) -> dict[str, Gate]:
-    """The gates of a model."""
-    return {name: module for name, module in dyn.gates.items() if isinstance(module, Gate)}
-
-
-@torch.no_grad()
-def settle(dyn: dc.DynamicModule, x: Tensor, share: float) -> float:
-    """Let each exit take a share of the samples, and each gate leave out a share of its rows; the counted cost.
-
-    A threshold lies between the values of two samples: on one of them rounding would decide.
-    """
-    for exit_ in exits(dyn).values():
-        exit_.threshold.fill_(1.0)
-    for gate in gates(dyn).values():
-        gate.bias.fill_(100.0)
-    trace = dyn.trace(x)
-    if share:
-        for name, exit_ in exits(dyn).items():
-            exit_.threshold.fill_(_between(trace.confidence[name], 1 - share))
-        for name, gate in gates(dyn).items():
-            gate.bias.fill_(-_between(torch.logit(trace.probabilities[name].double()).flatten(), share))
-    return float(dyn.trace(x).cost.mean())
-
-
-def _between(values: Tensor, share: float) -> float:
-    ordered = values.flatten().sort().values
-    cut = min(max(round(share * len(ordered)), 1), len(ordered) - 1)
-    return float((ordered[cut - 1].double() + ordered[cut].double()) / 2)
 
 
 def session(path: Path) -> Any:
@@ -190,48 +153,29 @@ def _table(title: str, times: dict[str, Timing], counted: dict[str, float], call
     return table
 
 
-@torch.no_grad()
-def compare(report: Report, folder: Path, *, count: int) -> None:
-    """Outputs and decisions of a file on real images, against the lowered model and the dynamic one."""
-    from dyncompile.demo.datasets import load
-    from dyncompile.exporting.checking import differences, running
-
-    case = Case(
-        build=lambda: ResNet(8, width=8, in_channels=1), passes=[LayerSkip(), EarlyExit(exits=2)], shape=(1, 8, 8)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    images = load("digits", seed=0, shape=case.shape)
-    x = torch.cat([images.train.tensors[0], images.test.tensors[0]])[:count]
-    _, dyn = case.dynamic()
-    settle(dyn, x, 0.5)
-    fast = dc.lower(dyn, backend="eager", decline=False)
-    table = Table(title=f"{len(x)} real images", columns=["routing", "largest difference", "what differs"], rows=[])
-    for routing in ("sample", "batch"):
-        path = dc.export(dyn, folder / "digits.onnx", routing=routing, decisions=True)  # type: ignore[arg-type]
-        loaded = session(path)
-        found = running(loaded)({loaded.get_inputs()[0].name: x.numpy()})
-        off = float((torch.from_numpy(found["output"]) - fast(x)).abs().max())
-        table.rows.append([routing, off, differences(found, dyn, [x]) or "nothing"])
-        what = f"{len(x)} real images, {routing}: difference from the lowered model"
-        report.targets.append(Target(what=what, found=off, bound=1e-4))
-    report.tables.append(table)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file to write, and Markdown beside it")
     parser.add_argument("--quick", action="store_true", help="tiny models: does it run?")
-    parser.add_argument("--digits", action="store_true", help="compare on real images instead")
-    parser.add_argument("--case", action="append", help="only these", choices=[*FULL, *QUICK])
+    parser.add_argument("--equal", action="store_true", help="compare on real inputs instead")
+    parser.add_argument("--case", action="append", help="only these", choices=list({**FULL, **QUICK, **equality.FULL}))
     parser.add_argument("--rounds", type=int, default=15)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     harness.keep_memory()
-    command = shlex.join(["python", "-m", "benchmarks.export", *sys.argv[1:]])
+    command = harness.command("export", arguments)
     report = Report(command=command, machine=harness.machine("cpu"), settings={"rounds": options.rounds})
     with tempfile.TemporaryDirectory() as folder:
-        if options.digits or options.quick:
-            compare(report, Path(folder), count=100 if options.quick else 1000)
-        if not options.digits:
+        if options.equal:
+            cases = equality.QUICK if options.quick else equality.FULL
+            chosen = {name: case for name, case in cases.items() if not options.case or name in options.case}
+            equality.compare(report, chosen, Path(folder), backend="eager" if options.quick else "inductor")
+            print(report.tables[-1].markdown())
+        else:
             for name, case in (QUICK if options.quick else FULL).items():
                 if not options.case or name in options.case:
                     measure(report, name, case, Path(folder), rounds=2 if options.quick else options.rounds)

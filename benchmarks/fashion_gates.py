@@ -9,18 +9,19 @@ Protocol:
 - The static model is one of the demo's: trained on 55,000 augmented images; 5,000 are held out, 10,000 are the test
   set, which is looked at once, after training.
 - Nothing is chosen by the test set; the last weights are kept, gates decide as they come out of training (no bias).
-- Where early_exit is among the passes, fine-tuning aims the gates at `--gate-cost`, and `calibrate` on the 5,000 then
-  chooses thresholds and biases for `--target-cost`. The loss of accuracy that is allowed is 1.5 points then, else 1.
+- Where early_exit is the last of the passes, the gates are fine-tuned first, to `--gate-cost`; exits are trained behind
+  them, everything else as it is; and `calibrate` on the 5,000 then chooses thresholds and biases for `--target-cost`.
+  The loss of accuracy that is allowed is 1.5 points then, else 1.
 - All figures are of evaluation: hard decisions, batch norm statistics of the samples that reach each norm.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import shlex
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -42,8 +43,8 @@ NEVER = 0.005
 """A gate is dead below this rate, and always open above 1 minus it."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fashion_gates", description=__doc__.partition("\n")[0])
     parser.add_argument("--strategy", default="layer_skip", help="a pass, or several joined by +")
     parser.add_argument("--target-cost", type=float, default=0.6)
     parser.add_argument("--gate-cost", type=float, default=0.65, help="of the gates, where exits bring it further down")
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, help="channels of the first stage (16), or of a token (96)")
     parser.add_argument("--patch", type=int, default=7, help="of a ViT")
     parser.add_argument("--epochs", type=int, default=8, help="of fine-tuning")
+    parser.add_argument("--exit-epochs", type=int, default=4, help="of the exits behind trained gates")
     parser.add_argument("--static-epochs", type=int, default=8)
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--seeds", type=int, default=3)
@@ -58,7 +60,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, help="train on so many, to see whether everything runs")
     parser.add_argument("--cache", type=Path, default=Path("fashion-gates"), help="static weights, stopped runs")
     parser.add_argument("--out", type=Path, default=Path("fashion_gates.json"), help="JSON; Markdown goes beside it")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.width = options.width or {"resnet20": 16, "vit": 96}[options.model]
     torch.set_num_threads(1)
     with contextlib.suppress(ImportError):
@@ -72,7 +74,7 @@ def main() -> None:
     with torch.no_grad():
         reference = accuracy(static, test, labels, batch_size=250)
     report = Report(
-        command=f"python -m benchmarks.fashion_gates {shlex.join(sys.argv[1:])}".strip(),
+        command=harness.command("fashion_gates", arguments),
         machine=harness.machine("cpu"),
         settings={
             "model": f"{_named(options)}, static accuracy {reference:.4f}",
@@ -116,33 +118,43 @@ def one_seed(static: nn.Module, images: Images, options: argparse.Namespace, see
     """Convert, fine-tune and test."""
     torch.manual_seed(seed)
     strategy = options.strategy.split("+")
-    exits = "early_exit" in strategy
+    exits = strategy[-1] == "early_exit"
+    gates = strategy[:-1] if exits else strategy
     target = options.gate_cost if exits else options.target_cost
-    dyn = dc.dynamize(
-        static, strategy if len(strategy) > 1 else strategy[0], example_inputs=images.train.tensors[0][:2]
-    )
-    dyn.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    dyn = dc.dynamize(static, gates, example_inputs=images.train.tensors[0][:2])
     start = time.perf_counter()
+    named = f"{'+'.join(gates)}-{_named(options)}-{target}-{options.epochs}-{seed}"
+    dyn = _finetuned(dyn, images, options, named, seed, epochs=options.epochs, mode="joint", target_cost=target)
+    if exits:
+        # Behind gates that stay as they are: trained jointly, the exits cost the full depth accuracy.
+        dyn = dc.dynamize(dyn, "early_exit")
+        for gate in dyn.gates.values():
+            gate.requires_grad_(False)
+        _finetuned(dyn, images, options, f"exits-{named}", seed, epochs=options.exit_epochs, mode="heads")
+        print(dc.calibrate(dyn.eval(), images.calibration, max_cost=options.target_cost, progress=False), flush=True)
+    return {"seed": seed, "seconds": time.perf_counter() - start, **tested(dyn.eval(), *images.test.tensors)}
+
+
+def _finetuned(
+    dyn: dc.DynamicModule, images: Images, options: argparse.Namespace, named: str, seed: int, **how: Any
+) -> dc.DynamicModule:
+    dyn.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     result = dc.finetune(
         dyn,
         Augmented(images.train, mirror=images.mirror),
         images.calibration,
-        epochs=options.epochs,
-        mode="joint",
-        target_cost=target,
         lr=options.lr,
         batch_size=128,
         precision="bf16-mixed" if _bfloat16() and options.model != "vit" else "32-true",
-        directory=options.cache / f"{options.strategy}-{_named(options)}-{target}-{options.epochs}-{seed}",
+        directory=options.cache / named,
         resume=True,
         seed=seed,
         progress=False,
         accelerator="cpu",
+        **how,
     )
     print(result, flush=True)
-    if exits:
-        print(dc.calibrate(dyn.eval(), images.calibration, max_cost=options.target_cost, progress=False), flush=True)
-    return {"seed": seed, "seconds": time.perf_counter() - start, **tested(dyn.eval(), *images.test.tensors)}
+    return dyn
 
 
 @torch.no_grad()

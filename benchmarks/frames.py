@@ -12,8 +12,7 @@ fine-tunes it to a target and looks at the test set once. `--only time` measures
 
 import argparse
 import contextlib
-import shlex
-import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -54,8 +53,8 @@ class Classifier(nn.Module):
         return self.fc(at_length(self.rnn(x)[0], lengths))  # type: ignore[no-any-return]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.frames", description=__doc__.partition("\n")[0])
     parser.add_argument("--hapt", type=Path, help="the archive; without it, spoken vowels alone")
     parser.add_argument("--only", choices=["accuracy", "time"], help="default: both")
     parser.add_argument("--reads", choices=["input", "state"], default="input", help="what the agent reads")
@@ -65,12 +64,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="little of everything: does it run?")
     parser.add_argument("--out", type=Path, default=Path("frames.json"), help="JSON; Markdown goes beside it")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     with contextlib.suppress(ImportError):
         torchvision()  # which Lightning imports where it is there, even if it does not fit the installed torch
     report = Report(
-        command=f"python -m benchmarks.frames {shlex.join(sys.argv[1:])}".strip(),
+        command=harness.command("frames", arguments),
         machine=harness.machine("cpu"),
         settings={"target cost": str(options.target_cost), "the agent reads": options.reads},
     )

@@ -12,8 +12,6 @@ run on the same input, in turns; medians and quartiles of the rounds; JSON and M
 
 import argparse
 import dataclasses
-import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -75,20 +73,20 @@ GATED = [
 TINY = [Gated(model="resnet20-tiny", strategy="layer_skip", bound=0.95)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gates", description=__doc__.partition("\n")[0])
     parser.add_argument("--strategy", choices=sorted({g.strategy for g in GATED}), help="default: all")
     parser.add_argument("--model", choices=sorted({g.model for g in GATED}), help="default: all")
     parser.add_argument("--quick", action="store_true", help="a tiny model: does everything run?")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--out", type=Path, default=Path("gates.json"), help="JSON; Markdown goes beside it")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     harness.keep_memory()
     chosen = TINY if options.quick else GATED
     chosen = [g for g in chosen if options.strategy in (None, g.strategy) and options.model in (None, g.model)]
     report = Report(
-        command=f"python -m benchmarks.gates {shlex.join(sys.argv[1:])}".strip(),
+        command=harness.command("gates", arguments),
         machine=harness.machine(options.device),
         settings={"rounds": 2 if options.quick else str(ROUNDS), "draws at batch 1": str(DRAWS)},
     )

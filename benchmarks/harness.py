@@ -5,9 +5,12 @@ measurements holds the drift between them; that is all that it would be needed f
 """
 
 import ctypes
+import os
 import platform
 import random
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,6 +19,7 @@ from typing import Any, Self
 
 import torch
 from pydantic import BaseModel, computed_field
+from torch import Tensor
 
 Call = Callable[[], object]
 
@@ -49,6 +53,22 @@ class Timing(BaseModel):
         rounds = zip(*(timing.seconds for _, timing in parts), strict=True)
         shares = [share for share, _ in parts]
         return cls(seconds=[sum(s * t for s, t in zip(shares, turn, strict=True)) for turn in rounds])
+
+
+class Stream(BaseModel):
+    """Seconds of each call on a stream of inputs: a list a round, an entry an input."""
+
+    seconds: list[list[float]]
+
+    @property
+    def mean(self) -> Timing:
+        """Seconds a call, the mean over the inputs of each round."""
+        return Timing(seconds=[statistics.fmean(turn) for turn in self.seconds])
+
+    def quantile(self, share: float) -> float:
+        """Seconds within which a share of the inputs is done; of each input the median of its rounds counts."""
+        each = sorted(statistics.median(found) for found in zip(*self.seconds, strict=True))
+        return each[min(int(share * len(each)), len(each) - 1)]
 
 
 class Ratio(BaseModel):
@@ -143,6 +163,7 @@ def take_turns(
     repeats: int = 1,
     device: str = "cpu",
     within: Mapping[str, Callable[[], AbstractContextManager[None]]] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time calls in rounds, every call once a round, in an order drawn anew.
 
@@ -155,6 +176,7 @@ def take_turns(
         repeats: Calls in a row whose mean is the round's figure.
         device: Where the work is done; waited for where it is not the processor.
         within: Contexts that a call is made in, by name; to open one is not timed.
+        clock: Seconds; `time.process_time` leaves out what other programs take, where all work is the processor's.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     names, contexts = list(calls), within or {}
@@ -166,14 +188,45 @@ def take_turns(
             with contexts.get(name, nullcontext)():
                 call()
                 synchronize(device)
-                start = time.perf_counter()
+                start = clock()
                 for _ in range(repeats):
                     call()
                 synchronize(device)
-                end = time.perf_counter()
+                end = clock()
             if turn:
                 seconds[name].append((end - start) / repeats)
     return {name: Timing(seconds=found) for name, found in seconds.items()}
+
+
+@torch.no_grad()
+def stream(
+    calls: Mapping[str, Callable[[Tensor], object]], inputs: Sequence[Tensor], *, rounds: int, device: str = "cpu"
+) -> dict[str, Stream]:
+    """Time calls on a stream of inputs in rounds, every call once a round over all inputs, in an order drawn anew.
+
+    Args:
+        calls: What to time, by name.
+        inputs: One after the other; what a call does may hang on them.
+        rounds: How many to count; one before them, in which compilers may run, is not.
+        device: Where the work is done; waited for where it is not the processor.
+    """
+    seconds: dict[str, list[list[float]]] = {name: [] for name in calls}
+    names = list(calls)
+    order = random.Random(0)
+    for turn in range(rounds + 1):
+        order.shuffle(names)
+        for name in names:
+            call, taken = calls[name], []
+            call(inputs[-1])
+            for x in inputs:
+                synchronize(device)
+                start = time.perf_counter()
+                call(x)
+                synchronize(device)
+                taken.append(time.perf_counter() - start)
+            if turn:
+                seconds[name].append(taken)
+    return {name: Stream(seconds=found) for name, found in seconds.items()}
 
 
 def keep_memory() -> None:
@@ -203,8 +256,15 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
     return low, high
 
 
+def command(name: str, arguments: Sequence[str] | None) -> str:
+    """The command line that a benchmark was started with; None: the process's own. Of absolute paths the names."""
+    words = sys.argv[1:] if arguments is None else arguments
+    shown = [Path(word).name if Path(word).is_absolute() else word for word in words]
+    return f"python -m benchmarks.{name} {shlex.join(shown)}".strip()
+
+
 def machine(device: str) -> dict[str, str]:
-    """What the figures were measured on."""
+    """What the figures were measured on, and how busy it was when they were."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -214,6 +274,7 @@ def machine(device: str) -> dict[str, str]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
+        "load before": f"{os.getloadavg()[0]:.1f} processes on average over the last minute",
     }
     if device != "cpu":
         found["device"] = torch.cuda.get_device_name(device)

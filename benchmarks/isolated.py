@@ -56,8 +56,7 @@ def compile_time(case: str, form: str, device: str) -> dict[str, float]:
     """
     torch.set_num_threads(1)
     found = {**CASES, **QUICK}[case]
-    small = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 8))
-    whole(small.eval().to(device), torch.randn(4, 3, 4, 4, device=device))
+    _pay_once(device)
     with torch.no_grad():
         if form == LOWERED:
             dyn = found.dynamic(device)
@@ -107,6 +106,53 @@ def peak_memory(case: str, form: str, batch: int, device: str) -> dict[str, floa
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
             call(inputs)
     return {"process": highest, "inference": peak - before, "tensors": _allocated(trace)}
+
+
+def footprint(name: str, form: str, place: tuple[str, str, str, str | None], compilers: bool) -> dict[str, float]:
+    """Compile time and memory of a contestant of a scoreboard that is trained already (on a processor: Linux only).
+
+    Args:
+        name: Of the contestant.
+        form: The way to run it.
+        place: Name of the task, scale, folder of the cache, and of the archive of recordings.
+        compilers: Whether forms are compiled.
+
+    Returns:
+        `compile`: seconds from the trained model to a result at every batch size; `memory`: peak bytes of inference at
+        batch 64, above what the process held before the model was made.
+    """
+    from benchmarks.contestants import contestants
+    from benchmarks.scores import BATCHES
+    from benchmarks.tasks import TASKS, Run
+
+    torch.set_num_threads(1)
+    torch._dynamo.config.recompile_limit = 10_000
+    task, scale, cache, archive = place
+    run = Run(task=TASKS[task], scale=scale, cache=Path(cache), archive=None if archive is None else Path(archive))
+    contestant = next(c for c in contestants(run.task) if c.name == name)
+    inputs = run.splits.test.tensors[0]
+    if compilers:
+        _pay_once("cpu")
+    gc.collect()
+    before = _resident("VmRSS")
+    model = contestant.model(run)
+    with torch.no_grad():
+        start = time.perf_counter()
+        call = contestant.forms(model, run, compilers=compilers)[form]()
+        for batch in BATCHES:
+            call(inputs[:batch])
+        seconds = time.perf_counter() - start
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        for _ in range(3):
+            call(inputs[:64])
+        return {"compile": seconds, "memory": _resident("VmHWM") - before}
+
+
+def _pay_once(device: str) -> None:
+    """What a process pays once, whatever it compiles: loading the compiler, the processor, precompiled headers."""
+    small = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 8))
+    whole(small.eval().to(device), torch.randn(4, 3, 4, 4, device=device))
 
 
 def _resident(field: str) -> float:

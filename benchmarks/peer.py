@@ -12,7 +12,7 @@ to be compiled, so dyncompile compiled is compared with it eager.
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -48,16 +48,18 @@ def compare(case: Case, *, rounds: int, device: str) -> tuple[Table, list[Target
     exits(dyn)["exit0"].threshold.fill_(middle)
     stays, leaves = (inputs[order.indices[i]].unsqueeze(0) for i in (0, -1))
 
+    assert not isinstance(case.exits, int)
+    layers = [case.exits] if isinstance(case.exits, str) else list(case.exits)
     calls: dict[str, Call] = {}
     for layout, memory_format in LAYOUTS.items():
         moved = copy.deepcopy(dyn).to(memory_format=memory_format)  # type: ignore[call-overload]
-        wrapped = _earlyon(case, dyn).to(device).to(memory_format=memory_format)  # type: ignore[call-overload]
+        wrapped = wrap(dyn, layers, (3, case.pixels, case.pixels)).to(device).to(memory_format=memory_format)  # type: ignore[call-overload]
         for name, call in (
             (_name("dyncompile", layout, "eager"), dc.lower(moved, "eager")),
-            (_name("earlyon", layout, WAYS[0]), partial(_one_by_one, wrapped)),
-            (_name("earlyon", layout, WAYS[1]), partial(_as_a_batch, wrapped)),
+            (_name("earlyon", layout, WAYS[0]), partial(one_by_one, wrapped)),
+            (_name("earlyon", layout, WAYS[1]), partial(as_a_batch, wrapped)),
         ):
-            calls[name] = partial(_laid_out, call, memory_format)
+            calls[name] = partial(laid_out, call, memory_format)
     compiled = "dyncompile, compiled"
     calls[compiled] = dc.lower(dyn)
     for name, call in calls.items():
@@ -105,39 +107,47 @@ def _name(package: str, layout: str, way: str) -> str:
     return f"{package}, {layout}, {way}"
 
 
-def _laid_out(call: Call, memory_format: torch.memory_format, x: Tensor) -> Tensor:
+def laid_out(call: Call, memory_format: torch.memory_format, x: Tensor) -> Tensor:
     return call(x.contiguous(memory_format=memory_format))
 
 
-def _one_by_one(wrapped: nn.Module, x: Tensor) -> Tensor:
+def one_by_one(wrapped: nn.Module, x: Tensor) -> Tensor:
     return torch.cat([wrapped(sample).prediction for sample in x.split(1)])
 
 
-def _as_a_batch(wrapped: Any, x: Tensor) -> Tensor:
+def as_a_batch(wrapped: Any, x: Tensor) -> Tensor:
     predictions: Tensor = wrapped.forward_inference_batched(x).predictions
     return predictions
 
 
-def _earlyon(case: Case, dyn: dc.DynamicModule) -> nn.Module:
-    """The same static model with the same exits, wrapped by earlyon."""
+def wrap(dyn: dc.DynamicModule, layers: Sequence[str], shape: tuple[int, ...]) -> nn.Module:
+    """The static model of a dynamic one with the same exits, those that are enabled, wrapped by earlyon.
+
+    Args:
+        dyn: With linear heads.
+        layers: The module that each of its exits follows.
+        shape: Of a sample.
+    """
     from earlyon import EarlyExitConfig, EarlyExitWrapper, ExitPoint  # type: ignore[import-untyped]
 
-    assert not isinstance(case.exits, int)
-    given = exits(dyn)
-    heads = {name: copy.deepcopy(exit_.head) for name, exit_ in given.items()}
+    given = {
+        name: (exit_, layer)
+        for (name, exit_), layer in zip(exits(dyn).items(), layers, strict=True)
+        if bool(exit_.enabled)
+    }
+    heads = {name: copy.deepcopy(exit_.head) for name, (exit_, _) in given.items()}
     points = [
         ExitPoint(name, layer, exit_.head.project.in_features)  # type: ignore[union-attr]
-        for (name, exit_), layer in zip(given.items(), case.exits, strict=True)
+        for name, (exit_, layer) in given.items()
     ]
     config = EarlyExitConfig(
         backbone="custom",
         num_classes=10,
         exit_points=points,
-        confidence_thresholds=[float(exit_.threshold) for exit_ in given.values()],
-        temperatures={**{n: float(e.temperature) for n, e in given.items()}, "final": 1.0},
+        confidence_thresholds=[float(exit_.threshold) for exit_, _ in given.values()],
+        temperatures={**{n: float(e.temperature) for n, (e, _) in given.items()}, "final": 1.0},
     )
-    shape = (1, 3, case.pixels, case.pixels)
-    wrapped = EarlyExitWrapper(dyn.static(), heads, nn.Identity(), config, input_shape=shape).eval()
+    wrapped = EarlyExitWrapper(dyn.static(), heads, nn.Identity(), config, input_shape=(1, *shape)).eval()
     with warnings.catch_warnings():
         # Its estimate of FLOPs, made once: it warns where a module is called twice, as ResNet's ReLU is.
         warnings.simplefilter("ignore", RuntimeWarning)

@@ -69,10 +69,10 @@ def skippable(graph: Graph, *, granularity: str, projection: bool) -> Iterator[S
     groups = _blocks(graph, branches) if granularity == "block" else [[branch] for branch in branches]
     first = {group[0].add: group for group in groups}
     for node in graph.fx.nodes:
-        if node in first:
-            yield _judge(graph, first[node], projection=projection)
-        elif outer := _skipped_by(node):
+        if outer := _skipped_by(node):
             yield Fixed(add=node, reason=f"the decision `{outer}` skips it already")
+        elif node in first:
+            yield _judge(graph, first[node], projection=projection)
 
 
 def skip(graph: Graph, decision: Node, output: Node, shortcut: Node) -> None:
@@ -122,15 +122,29 @@ def _judge(graph: Graph, group: list[Branch], *, projection: bool) -> Skippable 
 
 def _savings(graph: Graph, branch: Branch, output: Node) -> tuple[float, str]:
     """FLOPs of what only `output` needs, and the name of a value before it that others need too."""
-    trunk: nx.DiGraph[Any] = graph.trunk
     inside = {output}
-    passed = nx.ancestors(trunk, branch.shortcut) | {branch.shortcut}
-    for node in reversed(graph.fx.nodes):
-        if node.users and node not in passed and all(user in inside for user in node.users):
+    waiting = set(output.all_input_nodes)
+    while waiting:
+        node = max(waiting)  # the users of the latest one are all decided
+        waiting.remove(node)
+        if node is not branch.shortcut and all(user in inside for user in node.users):
             inside.add(node)
-    between = nx.descendants(trunk, branch.source) & nx.ancestors(trunk, output)
-    leaks = [node.name for node in graph.fx.nodes if node in between and node not in inside | passed]
-    return sum(graph.flops(node) for node in inside), (leaks or [""])[-1]
+            waiting.update(node.all_input_nodes)
+    passed = _between(graph, branch.source, branch.shortcut) | {branch.shortcut}
+    leaks = sorted(_between(graph, branch.source, output) - inside - passed)
+    return sum(graph.flops(node) for node in inside), leaks[-1].name if leaks else ""
+
+
+def _between(graph: Graph, source: Node, output: Node) -> set[Node]:
+    """Nodes of the trunk on paths from a node to one that it dominates, both left out."""
+    trunk: nx.DiGraph[Any] = graph.trunk
+    found: set[Node] = set()
+    queue = [output] if output is not source else []
+    while queue:
+        before = [n for n in trunk.predecessors(queue.pop()) if n is not source and n not in found]
+        found.update(before)
+        queue.extend(before)
+    return found
 
 
 # --- transformer blocks --------------------------------------------------------------------------
@@ -153,8 +167,7 @@ def _blocks(graph: Graph, branches: list[Branch]) -> list[list[Branch]]:
 
 def _attends(graph: Graph, branch: Branch) -> bool:
     """Whether values of the branch are multiplied with each other: queries with keys, weights with values."""
-    trunk: nx.DiGraph[Any] = graph.trunk
-    between = nx.descendants(trunk, branch.source) & nx.ancestors(trunk, branch.output)
+    between = _between(graph, branch.source, branch.output)
     return any(graph.flops(node) > 0 and len(_features(node)) > 1 for node in between)
 
 

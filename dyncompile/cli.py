@@ -3,11 +3,14 @@
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 
+from dyncompile.commands.arguments import Model, Option, Shape, read_example, read_model, read_passes
+from dyncompile.commands.check import check
+from dyncompile.commands.passes import passes
 from dyncompile.errors import ArgumentError, DyncompileError
 
 if TYPE_CHECKING:
@@ -22,15 +25,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.command()(check)
+app.command()(passes)
 
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="The static model: package.module:factory or file.py:factory, a callable that returns an nn.Module.",
-        show_default=False,
-    ),
-]
 Folder = Annotated[Path, typer.Argument(help="Folder of a converted model.", show_default=False, file_okay=False)]
 Data = Annotated[
     str,
@@ -39,14 +37,8 @@ Data = Annotated[
         "a callable that returns dyncompile.demo.datasets.Images; resized to what the model was converted with."
     ),
 ]
-Strategy = Annotated[list[str], typer.Option(help="Technique; repeat to combine.")]
-Option = Annotated[
-    list[str],
-    typer.Option("--option", "-o", help="Option of the technique, such as exits=4 or head=conv."),
-]
-Shape = Annotated[
-    str | None,
-    typer.Option(help="Shape of one input, such as 3,224,224; inferred where left out."),
+Strategy = Annotated[
+    list[str], typer.Option(help="Technique; repeat, or join by commas, to combine. file.py:Class for one of your own.")
 ]
 Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")]
@@ -118,7 +110,7 @@ def inspect(
     """Print a dynamic model's regions, their guards and their share of the cost."""
     import dyncompile as dc
 
-    static = _model(model)
+    static = read_model(model)
     dyn = dc.load(folder, static) if folder else _dynamize(static, strategy, input_shape, option)
     typer.echo(dyn.inspect())
 
@@ -136,7 +128,7 @@ def convert(
     import dyncompile as dc
 
     _free(out, force=force, argument="out")
-    dyn = _dynamize(_model(model), strategy, input_shape, option)
+    dyn = _dynamize(read_model(model), strategy, input_shape, option)
     dc.save(dyn, out)
     typer.echo(dyn.inspect())
 
@@ -282,19 +274,11 @@ def _free(path: Path, *, force: bool, argument: str) -> None:
         raise ArgumentError(argument, found=found, expected="a new path, or --force")
 
 
-def _model(spec: str) -> "nn.Module":
-    from torch import nn
-
-    from dyncompile.demo.factory import make
-
-    return make(spec, nn.Module, argument="model")
-
-
 def _load(model: str, folder: Path, device: str) -> "DynamicModule":
     import dyncompile as dc
     from dyncompile.data import find_device
 
-    dyn: DynamicModule = dc.load(folder, _model(model)).to(find_device(device))
+    dyn: DynamicModule = dc.load(folder, read_model(model)).to(find_device(device))
     return dyn
 
 
@@ -306,25 +290,7 @@ def _images(data: str, seed: int, dyn: "DynamicModule") -> "Images":
 
 
 def _dynamize(model: "nn.Module", strategy: list[str], shape: str | None, options: list[str]) -> "DynamicModule":
-    import torch
-
     import dyncompile as dc
 
-    example = None
-    if shape is not None:
-        sizes = [int(size) if size.isdecimal() else 0 for size in shape.split(",")]
-        if min(sizes) < 1:
-            expected = "positive sizes without the batch, such as 3,224,224"
-            raise ArgumentError("input_shape", found=repr(shape), expected=expected)
-        example = (torch.zeros(2, *sizes),)
-    parsed = {}
-    for option in options:
-        name, equals, value = option.partition("=")
-        if not equals:
-            raise ArgumentError("option", found=repr(option), expected="name=value")
-        try:
-            parsed[name] = json.loads(value)
-        except json.JSONDecodeError:
-            parsed[name] = value
-    names: Any = strategy[0] if len(strategy) == 1 else strategy
-    return dc.dynamize(model, names, example_inputs=example, **parsed)
+    [passes] = read_passes([",".join(strategy)], options)
+    return dc.dynamize(model, passes, example_inputs=read_example(shape))

@@ -1,5 +1,6 @@
 """`dynamize`: capture a static model, rewrite it, hand out the dynamic one."""
 
+import copy
 import dataclasses
 import importlib.metadata
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,8 @@ def dynamize(
     """Turn a static model into a dynamic one.
 
     Args:
-        model: Any module that `torch.export` takes. Left as it was: mode, device, dtype, flags, hooks, weights.
+        model: Any module that `torch.export` takes. Left as it was: mode, device, dtype, flags, hooks, weights. Or a
+            dynamic model: a copy of it gets further passes, as trained exits behind trained gates.
         strategy: Name of a pass, a pass object, or a list of either, in order.
         example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments; inferred where the
             model tells (timm `default_cfg`, Hugging Face `dummy_inputs`, the first layer).
@@ -61,13 +63,52 @@ def dynamize(
         >>> list(dyn.exits)
         ['exit0']
     """
+    if isinstance(model, DynamicModule):
+        given = {
+            "example_inputs": example_inputs is not None,
+            "batch_dims": batch_dims is not None,
+            "prediction": prediction is not None,
+            "prediction_only": prediction_only,
+            "task": task is not None,
+            "inplace": inplace,
+        }
+        if wrong := [name for name, is_given in given.items() if is_given]:
+            raise ArgumentError(wrong[0], found="a value", expected="none: a dynamic model has it already")
+        return _extend(model, resolve(strategy, options, ran=[step.strategy for step in model.recipe.steps]))
+    passes = resolve(strategy, options)
+    graph, recipe = begin(
+        model,
+        example_inputs=example_inputs,
+        batch_dims=batch_dims,
+        prediction=prediction,
+        prediction_only=prediction_only,
+        task=task,
+        inplace=inplace,
+    )
+    return rewrite(graph, recipe, passes)
+
+
+def begin(
+    model: nn.Module,
+    *,
+    example_inputs: Any = None,
+    batch_dims: Mapping[str, int | None] | None = None,
+    prediction: str | None = None,
+    prediction_only: bool = False,
+    task: str | None = None,
+    inplace: bool = False,
+) -> tuple[Graph, Recipe]:
+    """Capture a model for rewriting; arguments and errors as for `dynamize`.
+
+    Returns:
+        The graph, and the recipe without any pass yet.
+    """
     if not isinstance(model, nn.Module):
         raise ArgumentError("model", found=type(model).__name__, expected="a torch.nn.Module")
     if isinstance(model, DynamicModule):
-        raise ArgumentError("model", found="a dynamic model", expected="a static one; pass all strategies at once")
+        raise ArgumentError("model", found="a dynamic model", expected="a static one")
     if task not in (None, "classification", "regression"):
         raise ArgumentError("task", found=repr(task), expected="'classification' or 'regression'")
-    passes = resolve(strategy, options)
     args, kwargs, origin = infer_inputs(model, example_inputs)
     try:
         graph = capture(
@@ -89,13 +130,42 @@ def dynamize(
         shape = list(spec(graph.prediction).shape)
         raise ArgumentError("task", found=f"'classification' of a prediction {shape}", expected="two classes or more")
     graph.task = task or inferred
-    recipe = describe(graph, model, origin, prediction_only=prediction_only)
-    done: list[str] = []
-    for item in passes:
-        sites, refused = item.apply(graph, ran=done)
-        recipe.steps.append(_step(item, sites, refused))
-        done.append(item.name)
+    return graph, describe(graph, model, origin, prediction_only=prediction_only)
+
+
+def rewrite(graph: Graph, recipe: Recipe, passes: Sequence[Pass]) -> DynamicModule:
+    """Apply passes to a captured model, in order.
+
+    Args:
+        graph: Changed in place, and taken over by the dynamic model.
+        recipe: Gets a step for each pass.
+        passes: In an order that `resolve` has checked.
+
+    Raises:
+        PassError: No site, or a rewrite that is not legal.
+    """
+    _apply(graph, recipe, passes)
     return DynamicModule(graph, recipe)
+
+
+def _extend(dyn: DynamicModule, passes: Sequence[Pass]) -> DynamicModule:
+    """A copy with further passes."""
+    made, now = dyn.recipe.dtype, floating_dtype(dyn)
+    if now != made:
+        raise ArgumentError("model", found=f"one cast to {now}", expected=f"{made}, as converted; cast it afterwards")
+    grown = copy.deepcopy(dyn)
+    sizes = zip(grown.graph.inputs, grown.graph.batch_dims, strict=True)
+    batch = next(tensor.shape[dim] for tensor, dim in sizes if dim is not None)
+    grown.graph.inputs = tuple(grown.examples(batch))  # on the device that the model now has
+    _apply(grown.graph, grown.recipe, passes)
+    grown.refresh()
+    return grown
+
+
+def _apply(graph: Graph, recipe: Recipe, passes: Sequence[Pass]) -> None:
+    for item in passes:
+        sites, refused = item.apply(graph, ran=[step.strategy for step in recipe.steps])
+        recipe.steps.append(_step(item, sites, refused))
 
 
 def describe(graph: Graph, model: nn.Module, origin: str, *, prediction_only: bool = False) -> Recipe:
@@ -130,4 +200,4 @@ def _step(item: Pass, sites: list[Site], refused: list[Refusal]) -> Step:
     )
 
 
-__all__ = ["describe", "dynamize"]
+__all__ = ["begin", "describe", "dynamize", "rewrite"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import operator
+from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -165,25 +166,29 @@ def _uses_by_select(node: fx.Node, select: fx.Node, guard: Guard, unit: Unit) ->
 
 
 def _common_prefix(guards: list[Guard]) -> Guard:
-    first, *others = guards
-    length = len(first)
-    for other in others:
-        length = min(length, len(other))
-        while first[:length] != other[:length]:
-            length -= 1
-    return first[:length]
+    shortest = min(guards, key=len)
+    others = [guard for guard in guards if guard is not shortest]
+    for length, step in enumerate(shortest):
+        if any(other[length] != step for other in others):
+            return shortest[:length]
+    return shortest
 
 
 def _depths(graph: fx.Graph) -> dict[fx.Node, int]:
     """For each select, how many selects of the same decision lie before it on one path."""
+    selects = [node for node in graph.nodes if is_select(node)]
+    depth = dict.fromkeys(selects, 0)
+    # Only decisions of several selects can have some before others.
+    count = Counter(decision_of(select) for select in selects)
+    if all(number == 1 for number in count.values()):
+        return depth
     before: dict[fx.Node, dict[fx.Node, int]] = {}
-    depth: dict[fx.Node, int] = {}
     for node in graph.nodes:
         seen: dict[fx.Node, int] = {}
         for source in node.all_input_nodes:
-            for decision, count in before[source].items():
-                seen[decision] = max(seen.get(decision, 0), count)
-        if is_select(node):
+            for decision, number in before[source].items():
+                seen[decision] = max(seen.get(decision, 0), number)
+        if node in depth and count[decision_of(node)] > 1:
             decision = decision_of(node)
             depth[node] = seen.get(decision, 0)
             seen = {**seen, decision: depth[node] + 1}

@@ -55,6 +55,10 @@ class PassError(DyncompileError):
     """A rewriting pass was refused or produced an illegal graph."""
 
 
+class InexactError(PassError):
+    """A rewriting pass changed what the model computes before any training."""
+
+
 class CalibrationError(DyncompileError):
     """Thresholds cannot be calibrated with the data and guarantee asked for."""
 
@@ -68,7 +72,15 @@ class LoweringError(DyncompileError):
 
 
 class ExportError(DyncompileError):
-    """The dynamic model cannot be exported as asked, or the exported file does not compute what the model does."""
+    """The dynamic model cannot be exported as asked."""
+
+
+class InvalidExportError(ExportError):
+    """The exported file does not run, or does not compute what the model does."""
+
+
+class BaselineError(DyncompileError):
+    """The baseline of a check is missing, corrupt or too new."""
 
 
 class RecipeError(DyncompileError):

@@ -68,6 +68,8 @@ class Graph:
     def __post_init__(self) -> None:
         # For each input its name, its batch dim and the sizes before and after it. Made here: dynamo traces no
         # cached_property.
+        self._named: dict[str, Node] = {}
+        self._feeds: dict[Node, bool] = {}
         self._sizes: list[tuple[str, int | None, tuple[int, ...], tuple[int, ...]]] = []
         for name, tensor, dim in zip(self.signature.names, self.inputs, self.batch_dims, strict=True):
             shape = tuple(tensor.shape)
@@ -170,6 +172,14 @@ class Graph:
 
     # --- structure -------------------------------------------------------------------------------
 
+    def find(self, name: str) -> Node | None:
+        """The node of a name; None if there is none."""
+        node = self._named.get(name)
+        if node is None or node._erased or node.name != name:
+            self._named = {node.name: node for node in self.fx.nodes}
+            node = self._named.get(name)
+        return node
+
     @functools.cached_property
     def trunk(self) -> "nx.DiGraph[Node]":
         """Floating tensor nodes on a path from the main input to the prediction; masks and sizes are left out."""
@@ -177,17 +187,19 @@ class Graph:
         main = self.main_input
         full.add_node(main)
         for node in self.fx.nodes:
-            if not _floating(node) or node is main:
-                continue
-            sources = [source for source in node.all_input_nodes if _floating(source)]
-            if not sources and self._embeds(node, main):
-                sources = [main]
-            full.add_edges_from((source, node) for source in sources)
+            full.add_edges_from((source, node) for source in self._carriers(node, main))
         prediction = self.final
         if main not in full or prediction not in full:
             return nx.DiGraph()
         between = (nx.descendants(full, main) | {main}) & (nx.ancestors(full, prediction) | {prediction})
         return full.subgraph(between).copy()
+
+    def _carriers(self, node: Node, main: Node) -> list[Node]:
+        """What a node takes features from: floating nodes, or the main input where it looks features up for that."""
+        if not _floating(node) or node is main:
+            return []
+        sources = [source for source in node.all_input_nodes if _floating(source)]
+        return sources or ([main] if self._embeds(node, main) else [])
 
     def _embeds(self, node: Node, main: Node) -> bool:
         """Whether a node looks up features for the integers (or other non-features) of the main input."""
@@ -210,6 +222,34 @@ class Graph:
         found = dict(nx.immediate_dominators(self.trunk, self.main_input))
         found.pop(self.main_input, None)
         return found
+
+    def dominator(self, node: Node) -> Node | None:
+        """The immediate dominator of one node, found from what lies between the two alone.
+
+        Back from the node, always from the latest of the values that are open: where one alone is open, every path
+        has passed it.
+        """
+        main = self.main_input
+        open_ = {source for source in self._carriers(node, main) if self._fed(source, main)}
+        while len(open_) > 1:
+            latest = max(open_)
+            open_.remove(latest)
+            open_.update(source for source in self._carriers(latest, main) if self._fed(source, main))
+        return next(iter(open_), None)
+
+    def _fed(self, node: Node, main: Node) -> bool:
+        """Whether features of the main input reach a node; rewriting does not change that."""
+        waiting = [node]
+        while waiting:
+            last = waiting[-1]
+            sources = self._carriers(last, main)
+            unknown = [source for source in sources if source not in self._feeds and source is not main]
+            if last in self._feeds or not unknown:
+                self._feeds.setdefault(last, last is main or any(s is main or self._feeds[s] for s in sources))
+                waiting.pop()
+            else:
+                waiting.extend(unknown)
+        return self._feeds[node]
 
     @functools.cached_property
     def cut_points(self) -> list[Node]:
@@ -311,8 +351,7 @@ class Graph:
         """
         owner = path.rpartition(".")[2]
         self.add_module(path, module.to(self.inputs[0].device, self.dtype))
-        order = {node: i for i, node in enumerate(self.fx.nodes)}
-        last = max((*inputs, self.placeholders[-1]), key=lambda node: order[node])
+        last = max((*inputs, self.placeholders[-1]))
         with self.fx.inserting_after(last):
             call = self.fx.create_node("call_module", path, tuple(inputs))
         parts: list[Node] = []

@@ -93,11 +93,16 @@ class DynamicModule(nn.Module):
         self.recipe = recipe
         self.task = graph.task
         self._override: Override | None = None
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take over what passes have changed in the graph."""
         # Made here and not when first called, so that torch.compile finds plain functions.
         self._forward, self._trace = self._programs()
         self._costs: dict[tuple[str, tuple[tuple[str, int], ...]], CostModel] = {}
-        self._owners = decision_owners(graph.fx)
-        self._routes = decision_routes(graph.fx)
+        self._owners = decision_owners(self._graph.fx)
+        self._routes = decision_routes(self._graph.fx)
+        self._conjunctions = conjunctions(self._graph.fx)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies leave the cost models out: they hold nodes, and are made again when asked for."""
@@ -313,9 +318,10 @@ def disabled_decisions(module: DynamicModule) -> dict[str, int]:
 def disabled_gates(module: DynamicModule) -> dict[str, int]:
     """The decisions of gates that are switched off, with the arm that computes everything."""
     gates = {name: g for name, g in module.gates.items() if isinstance(g, Gate) and not bool(g.enabled)}
-    owners = decision_owners(module.graph.fx)
-    known = {decision: gates[owner].open_arm for decision, owner in owners.items() if owner in gates}
-    return known | {name: 1 for name, parts in conjunctions(module.graph.fx).items() if set(parts) <= set(known)}
+    if not gates:
+        return {}
+    known = {decision: gates[owner].open_arm for decision, owner in module._owners.items() if owner in gates}
+    return known | {name: 1 for name, parts in module._conjunctions.items() if known.keys() >= set(parts)}
 
 
 def decision_owners(graph: fx.Graph) -> dict[str, str]:

@@ -233,6 +233,19 @@ SELECT = torch.ops.dyncompile.select.default
 SWITCH = torch.ops.dyncompile.switch.default
 
 
+def check_arms(arms: list[Tensor]) -> None:
+    """Refuse arms of different shapes or types, of which a decision would change what the model's next layer sees.
+
+    Raises:
+        ArgumentError: Two arms differ.
+    """
+    for number, arm in enumerate(arms[1:], start=1):
+        if arm.shape != arms[0].shape or arm.dtype != arms[0].dtype:
+            shown = [f"{list(a.shape)} {a.dtype}" for a in (arms[0], arm)]
+            found = f"{shown[0]} in arm 0 and {shown[1]} in arm {number}"
+            raise ArgumentError("arms", found=found, expected="one shape and dtype in every arm of a select or switch")
+
+
 def is_select(node: fx.Node) -> bool:
     """Whether a node is a `select` or a `switch`."""
     return node.op == "call_function" and node.target in (SELECT, SWITCH)

@@ -1,8 +1,10 @@
 """Shape, batch dim and FLOPs of every node, found by running a graph on fake tensors."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dyncompile.capture.canonical import where
 from dyncompile.capture.recurrent import RecurrentLayer
 from dyncompile.errors import MixedSamplesError
+from dyncompile.ops import arms_of, check_arms, is_select
 
 _PROBES = (3, 5)
 
@@ -67,7 +70,7 @@ def is_tensor(node: object) -> bool:
 def probe(root: nn.Module, graph: fx.Graph, inputs: Sequence[Tensor], batch_dims: Sequence[int | None]) -> None:
     """Note `spec` and `flops` in the `meta` of every node that has none yet.
 
-    The graph runs in eval mode on fake tensors at two batch sizes: a dim that moves is a batch dim.
+    These nodes, and no others, run in eval mode on fake tensors at two batch sizes: a dim that moves is a batch dim.
 
     Args:
         root: Owns what the nodes name.
@@ -78,28 +81,33 @@ def probe(root: nn.Module, graph: fx.Graph, inputs: Sequence[Tensor], batch_dims
     Raises:
         MixedSamplesError: A size is not proportional to the batch.
     """
-    modes = {module: module.training for module in root.modules()}
-    root.eval()
+    needed = _needed(graph)
+    new = [node for node in needed if "flops" not in node.meta]
+    called = {root.get_submodule(str(node.target)): None for node in needed if node.op == "call_module"}
+    modes = {module: module.training for owner in called for module in owner.modules()}
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     try:
+        for module in modes:
+            module.training = False
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             runs = []
             for batch in _PROBES:
-                run = _Probe(root, graph, batch, count=batch == _PROBES[0])
-                run.run(*(_sized(t, d, batch) for t, d in zip(inputs, batch_dims, strict=True)))
+                sized = (_sized(t, d, batch) for t, d in zip(inputs, batch_dims, strict=True))
+                run = _Probe(root, dict(zip(placeholders, sized, strict=True)), batch)
+                run.over(needed, count=batch == _PROBES[0])
                 runs.append(run)
     finally:
         for module, training in modes.items():
             module.training = training
     first, second = runs
-    for node in graph.nodes:
-        if "flops" not in node.meta:
-            node.meta["flops"] = first.flops[node] / first.batch
-            node.meta["spec"] = pytree.tree_map(
-                lambda a, b, node=node: _compare(node, a, b),
-                first.values[node],
-                second.values[node],
-                is_leaf=lambda value: value is None,
-            )
+    for node in new:
+        node.meta["flops"] = first.flops[node] / first.batch
+        node.meta["spec"] = pytree.tree_map(
+            lambda a, b, node=node: _compare(node, a, b),
+            first.values[node],
+            second.values[node],
+            is_leaf=lambda value: value is None,
+        )
 
 
 def _sized(tensor: Tensor, dim: int | None, batch: int) -> Tensor:
@@ -107,28 +115,53 @@ def _sized(tensor: Tensor, dim: int | None, batch: int) -> Tensor:
     return torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
 
 
-class _Probe(fx.Interpreter):
+class _Probe:
     """Runs the nodes that are new; the values of the others are made from what is known of them."""
 
-    def __init__(self, root: nn.Module, graph: fx.Graph, batch: int, *, count: bool) -> None:
-        super().__init__(root, garbage_collect_values=False, graph=graph)
+    def __init__(self, root: nn.Module, inputs: Mapping[fx.Node, Tensor], batch: int) -> None:
+        self.root = root
         self.device = next((t.device for t in root.parameters()), torch.device("cpu"))
+        self.inputs = inputs
         self.batch = batch
-        self.count = count
-        self.flops: dict[fx.Node, float] = {}
         self.values: dict[fx.Node, Any] = {}
-        self.needed = _needed(graph)
+        self.flops: dict[fx.Node, float] = {}
 
-    def run_node(self, n: fx.Node) -> Any:
-        if n not in self.needed:
-            return None
-        self.values[n] = self._known(n) if "flops" in n.meta else self._found(n)
-        return self.values[n]
+    def over(self, nodes: Sequence[fx.Node], *, count: bool) -> None:
+        """Find the values of some nodes, in order, and count FLOPs."""
+        with flop_counter() if count else nullcontext() as counter:
+            before = 0
+            for node in nodes:
+                known = self._known(node) if "flops" in node.meta else None
+                self.values[node] = self._run(node) if known is None else known
+                if counter is not None and known is None:
+                    after = counter.get_total_flops()
+                    self.flops[node] = after - before
+                    before = after
+                    self._count_recurrent(node)
+
+    def _run(self, n: fx.Node) -> Any:
+        if n.op == "placeholder":
+            return self.inputs[n]
+        if n.op == "get_attr":
+            return functools.reduce(getattr, str(n.target).split("."), self.root)
+        if is_select(n):
+            # Operators broadcast; lowering runs one arm in place of the other.
+            check_arms([self.values[arm] for arm in arms_of(n)])
+        args, kwargs = fx.node.map_arg((n.args, n.kwargs), self.values.__getitem__)
+        if n.op == "output":
+            return args[0]
+        if n.op == "call_module":
+            return self.root.get_submodule(str(n.target))(*args, **kwargs)
+        if n.op == "call_method":
+            owner, *rest = args
+            return getattr(owner, str(n.target))(*rest, **kwargs)
+        return n.target(*args, **kwargs)  # type: ignore[operator]
 
     def _known(self, n: fx.Node) -> Any:
+        """A value like the one that a node has, made without running it; None if that cannot be."""
         known, tree = pytree.tree_flatten(n.meta["spec"])
         if n.op in ("placeholder", "get_attr", "output") or None in known:
-            return super().run_node(n)
+            return None
         return tree.unflatten(
             torch.empty(found.at(self.batch), dtype=found.dtype, device=self.device)
             if isinstance(found, Spec)
@@ -136,27 +169,24 @@ class _Probe(fx.Interpreter):
             for found in known
         )
 
-    def _found(self, n: fx.Node) -> Any:
-        if not self.count:
-            return super().run_node(n)
-        with flop_counter() as counter:
-            value = super().run_node(n)
-        self.flops[n] = counter.get_total_flops()
+    def _count_recurrent(self, n: fx.Node) -> None:
         if n.op == "call_module":
-            args, _ = self.fetch_args_kwargs_from_env(n)
-            recurrent = _recurrent_flops(self.fetch_attr(str(n.target)), args, value)
-            self.flops[n] = self.flops[n] if recurrent is None else recurrent
-        return value
+            args = fx.node.map_arg(n.args, self.values.__getitem__)
+            found = _recurrent_flops(self.root.get_submodule(str(n.target)), args, self.values[n])
+            self.flops[n] = self.flops[n] if found is None else found
 
 
-def _needed(graph: fx.Graph) -> set[fx.Node]:
-    """The new nodes, and those whose values they are found from; the inputs, which an interpreter counts off."""
-    needed = {node for node in graph.nodes if node.op == "placeholder"}
-    for node in reversed(graph.nodes):
-        new = "flops" not in node.meta
-        if new or (node in needed and None in pytree.tree_leaves(node.meta["spec"])):
-            needed.update((node, *node.all_input_nodes))
-    return needed
+def _needed(graph: fx.Graph) -> list[fx.Node]:
+    """The new nodes, and those whose values they are found from, in order."""
+    needed = {node for node in graph.nodes if "flops" not in node.meta}
+    queue = list(needed)
+    while queue:
+        node = queue.pop()
+        if "flops" in node.meta and None not in pytree.tree_leaves(node.meta["spec"]):
+            continue
+        queue.extend(source for source in node.all_input_nodes if source not in needed)
+        needed.update(node.all_input_nodes)
+    return sorted(needed)
 
 
 def flop_counter() -> FlopCounterMode:

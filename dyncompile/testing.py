@@ -2,11 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dyncompile.demand import conjunctions, stands_in
@@ -14,7 +17,11 @@ from dyncompile.errors import ArgumentError
 from dyncompile.lowering.lowered import LoweredModule
 from dyncompile.module import DynamicModule, decision_nodes, decision_routes
 from dyncompile.nn import Gate
+from dyncompile.passes import Pass, resolve
 from dyncompile.shapes import spec
+
+if TYPE_CHECKING:
+    from dyncompile.checking import Report
 
 Share = float | Sequence[float] | Tensor
 Shares = Mapping[str, Share] | Sequence[float]
@@ -182,7 +189,7 @@ def _checked(dyn: DynamicModule, shares: Shares, kinds: Mapping[str, _Kind]) -> 
     for name, share in given.items():
         if name not in kinds:
             raise ArgumentError("shares", found=repr(name), expected=f"names among {list(kinds)}")
-        if name in _within(dyn):
+        if name in made_within(dyn):
             found = f"{name!r}, whose agent reads the state that its own decisions make"
             raise ArgumentError("shares", found=found, expected="a decision that is made ahead")
         if why := _unfit(share, kinds[name].arms):
@@ -194,8 +201,8 @@ def _checked(dyn: DynamicModule, shares: Shares, kinds: Mapping[str, _Kind]) -> 
     return given
 
 
-def _within(dyn: DynamicModule) -> set[str]:
-    """Decisions that are made inside of what they control."""
+def made_within(dyn: DynamicModule) -> set[str]:
+    """Decisions that are made inside of what they control, and cannot be forced."""
     nodes = dyn.graph.fx.nodes
     return {name for n in nodes if (name := stands_in(n)) and isinstance(dyn.graph.module_of(n), Gate)}
 
@@ -218,4 +225,73 @@ def _unfit(share: Share, arms: int) -> str:
     return f"the shares of its {arms} arms, which sum to 1, or arms" if arms else "a share in [0, 1] or a mask"
 
 
-__all__ = ["Share", "Shares", "forced"]
+def assert_convertible(
+    model: nn.Module | Callable[[], nn.Module],
+    strategy: str | Pass | Sequence[str | Pass] = "early_exit",
+    *,
+    example_inputs: Any = None,
+    baseline: str | os.PathLike[str] | None = None,
+    name: str | None = None,
+    update: bool | None = None,
+    batches: Sequence[int] | None = None,
+    backends: Sequence[str] = ("eager",),
+    export: bool = True,
+    **options: Any,
+) -> "Report":
+    """Assert what `dyncompile check` checks: that a model can be rewritten and that nothing is lost by it.
+
+    Args:
+        model: A module, or a callable that makes it.
+        strategy: As for `dyncompile.dynamize`.
+        example_inputs: As for `dyncompile.dynamize`: two samples or more.
+        baseline: JSON file of sites and costs to compare with; made and changed by `pytest --dyncompile-update`.
+        name: Of the model in the baseline; default its class or the callable, with the module.
+        update: Write the baseline instead of comparing with it; default as the option of pytest says.
+        batches: Batch sizes at which outputs are compared; default 1, 2, 7, 33.
+        backends: Of `dyncompile.lower`: "eager", "inductor".
+        export: Whether to write an ONNX file and run it, where the extra `export` is installed.
+        options: Options of the pass, where `strategy` names one.
+
+    Returns:
+        What was checked, with seconds, sites and shares of the cost.
+
+    Raises:
+        AssertionError: A check failed; the message names each and says why.
+        ArgumentError: An argument that does not fit.
+        BaselineError: The baseline is missing, malformed or too new.
+
+    Example:
+        >>> from torch.nn import Linear, ReLU, Sequential
+        >>> model = Sequential(Linear(8, 32), ReLU(), Linear(32, 64), ReLU(), Linear(64, 3))
+        >>> assert_convertible(model, "early_exit", exits=1, export=False).passed
+        True
+    """
+    from dyncompile.checking import Baseline, Settings, check, compare
+    from dyncompile.checking.deciding import BATCHES
+    from pytest_dyncompile import updating
+
+    made = model if isinstance(model, nn.Module) else model()
+    passes = resolve(strategy, options)
+    settings = Settings(batches=tuple(batches or BATCHES), backends=tuple(backends), export=export)
+    label = name or _label(model)
+    path = None if baseline is None else Path(baseline)
+    update = updating() if update is None else update
+    before = None if path is None else Baseline() if update and not path.exists() else Baseline.read(path)
+    [report] = check(made, [passes], name=label, example_inputs=example_inputs, settings=settings)
+    if path is not None and before is not None and not update:
+        advice = f"if this is meant, run `pytest --dyncompile-update` and commit {path}"
+        compare(report, before.find(label, report.strategy), advice=advice)
+    failed = "\n".join(f"{result.check}: {result.message}" for result in report.failed)
+    if failed:
+        raise AssertionError(f"{label} by {report.strategy}\n{failed}")
+    if path is not None and before is not None and update and report.snapshot is not None:
+        before.updated(label, report.strategy, report.snapshot).write(path)
+    return report
+
+
+def _label(model: nn.Module | Callable[[], nn.Module]) -> str:
+    named: Any = type(model) if isinstance(model, nn.Module) else model
+    return f"{named.__module__}:{getattr(named, '__qualname__', type(named).__qualname__)}"
+
+
+__all__ = ["Share", "Shares", "assert_convertible", "forced"]

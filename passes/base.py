@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from dyncompile.capture.check import mark_rows, resize, undisturbed
-from dyncompile.errors import ArgumentError, DyncompileError, PassError, UnknownStrategyError
+from dyncompile.capture.check import distance, mark_rows, resize, undisturbed
+from dyncompile.errors import ArgumentError, DyncompileError, InexactError, PassError, UnknownStrategyError
 from dyncompile.graph import Graph
 
 GROUP = "dyncompile.passes"
@@ -82,7 +82,8 @@ class Pass(ABC):
             The sites that were rewritten and the places that were refused.
 
         Raises:
-            PassError: No site, an order that is not legal, or a rewrite that changes the output.
+            PassError: No site, an order that is not legal, or a rewrite that cannot run.
+            InexactError: A rewrite that changes the output.
         """
         context = f"pass `{self.name}`" + (f" (after {', '.join(ran)})" if ran else "")
         found = list(sites) if sites is not None else list(self.sites(graph))
@@ -99,19 +100,20 @@ class Pass(ABC):
         for site in chosen:
             try:
                 self.rewrite(graph, site)
+                for node in graph.fx.nodes:
+                    if node not in old:
+                        node.meta["inserted"] = self.name
+                graph.invalidate()
+                graph.propagate()
             except DyncompileError as error:
                 raise PassError(f"{context}, site {site.name} at `{site.node}`: {error}") from error
-            for node in graph.fx.nodes:
-                if node not in old:
-                    node.meta["inserted"] = self.name
-            graph.invalidate()
-            graph.propagate()
         graph.fx.lint()
         mark_rows(graph)
         for mode, before, after in zip(("eval", "training"), expected, _outputs(graph), strict=False):
-            for a, b in zip(before, after, strict=True):
+            for name, a, b in zip(graph.signature.output_names, before, after, strict=True):
                 if isinstance(a, torch.Tensor) and not torch.equal(a, b):
-                    raise PassError(f"{context} changed the model's output in {mode} mode")
+                    why = f"`{name}` {distance(b, a)}"
+                    raise InexactError(f"{context} changed the model's output in {mode} mode: {why}")
         return chosen, refused
 
 
@@ -121,10 +123,10 @@ def find(graph: Graph, name: str) -> fx.Node:
     Raises:
         PassError: The graph has none: it is not the model that the sites were made for.
     """
-    for node in graph.fx.nodes:
-        if node.name == name:
-            return node  # type: ignore[no-any-return]
-    raise PassError(f"no node `{name}` in the graph: the sites were made for another model")
+    node = graph.find(name)
+    if node is None:
+        raise PassError(f"no node `{name}` in the graph: the sites were made for another model")
+    return node
 
 
 def _outputs(graph: Graph) -> list[tuple[Any, ...]]:
@@ -138,20 +140,69 @@ def _outputs(graph: Graph) -> list[tuple[Any, ...]]:
     return results
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Registration:
+    """An entry point of the group `dyncompile.passes`.
+
+    Attributes:
+        name: The strategy's name.
+        package: Name of the distribution that registers it.
+        version: Its version.
+        kind: The pass; None where it is broken.
+        broken: Why it cannot be used; empty if it can.
+    """
+
+    name: str
+    package: str
+    version: str
+    kind: type[Pass] | None = None
+    broken: str = ""
+
+
+def registered() -> list[Registration]:
+    """Every entry point of the group `dyncompile.passes`, built-in and third-party alike, in order of name."""
+    entries = importlib.metadata.entry_points(group=GROUP)
+    found: list[Registration] = []
+    # The built-in ones come first, so that no other package takes a name from them.
+    for entry in sorted(entries, key=lambda e: (e.name, e.dist is None or e.dist.name != "dyncompile")):
+        kind, broken = _load(entry)
+        if found and found[-1].name == entry.name:
+            kind, broken = None, f"`{found[-1].package}` registers a pass of that name already"
+        package, version = (entry.dist.name, entry.dist.version) if entry.dist else ("", "")
+        found.append(Registration(name=entry.name, package=package, version=version, kind=kind, broken=broken))
+    return found
+
+
+def _load(entry: importlib.metadata.EntryPoint) -> tuple[type[Pass] | None, str]:
+    """What an entry point names, or why it is no pass."""
+    try:
+        kind = entry.load()
+    except Exception as error:  # noqa: BLE001 - what a package raises when it is imported can be anything
+        return None, f"`{entry.value}` cannot be loaded ({type(error).__name__}: {error})"
+    if not (isinstance(kind, type) and issubclass(kind, Pass)):
+        return None, f"`{entry.value}` is no subclass of dyncompile.passes.Pass"
+    missing = [name for name in ("name", "summary", "paper") if not isinstance(getattr(kind, name, None), str)]
+    if missing:
+        return None, f"`{entry.value}` has no `{missing[0]}`"
+    if kind.name != entry.name:
+        return None, f"`{entry.value}` calls itself `{kind.name}`, not `{entry.name}` as its entry point"
+    return kind, ""
+
+
 def available() -> dict[str, type[Pass]]:
-    """Every registered pass by name, built-in and third-party alike (entry-point group `dyncompile.passes`)."""
-    found = {}
-    for entry in importlib.metadata.entry_points(group=GROUP):
-        found[entry.name] = entry.load()
-    return dict(sorted(found.items()))
+    """Every registered pass that can be used, by name."""
+    return {found.name: found.kind for found in registered() if found.kind is not None}
 
 
-def resolve(strategy: "str | Pass | Sequence[str | Pass]", options: dict[str, Any]) -> list[Pass]:
+def resolve(
+    strategy: "str | Pass | Sequence[str | Pass]", options: dict[str, Any], *, ran: Sequence[str] = ()
+) -> list[Pass]:
     """Passes from what the user wrote.
 
     Args:
         strategy: A name, a pass, or a list of either.
         options: Options for the one pass that `strategy` names.
+        ran: Names of the passes that the model has already been through.
 
     Raises:
         UnknownStrategyError: No pass of that name; the nearest is suggested.
@@ -166,8 +217,8 @@ def resolve(strategy: "str | Pass | Sequence[str | Pass]", options: dict[str, An
     if options and (len(items) > 1 or isinstance(items[0], Pass)):
         raise ArgumentError("options", found=sorted(options), expected="options inside each pass object")
     passes = [item if isinstance(item, Pass) else _named(item, options) for item in items]
-    names = [p.name for p in passes]
-    for i, p in enumerate(passes):
+    names = [*ran, *(p.name for p in passes)]
+    for i, p in enumerate(passes, start=len(ran)):
         wrong = [name for name in names[:i] if name in p.before]
         if wrong:
             raise PassError(f"illegal order {names}: `{p.name}` must come before `{wrong[0]}`")
@@ -178,6 +229,12 @@ def resolve(strategy: "str | Pass | Sequence[str | Pass]", options: dict[str, An
 
 def _named(name: object, options: dict[str, Any]) -> Pass:
     known = available()
+    broken = {found.name: found for found in registered() if found.name not in known}
+    if name in broken:
+        found = broken[str(name)]
+        raise UnknownStrategyError(
+            "strategy", found=f"{name!r}, which is broken in `{found.package}`", expected=f"a pass, but {found.broken}"
+        )
     if name not in known:
         near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""

@@ -9,9 +9,9 @@ from torch import fx, nn
 from dyncompile.errors import ArgumentError
 from dyncompile.features import POOLS, feature, token_mask
 from dyncompile.graph import Graph, Spec, spec
+from dyncompile.leaving import leave
 from dyncompile.nn import Criterion, Exit, Feature, build_head, certainty
 from dyncompile.nn.criteria import REDUCTIONS, reads_earlier
-from dyncompile.ops import SELECT
 from dyncompile.passes.base import Pass, Refusal, Site, find
 from dyncompile.placement import place, prefixes
 from dyncompile.shapes import module_flops
@@ -166,21 +166,7 @@ class EarlyExit(Pass):
         )
         taps = ("exit", "confidence", "decision")
         prediction, _, decision = graph.insert(f"exits.{site.name}", module, [*inputs, *earlier], taps, cut=site.node)
-        self._route(graph, decision, prediction)
-
-    def _route(self, graph: Graph, decision: fx.Node, prediction: fx.Node) -> None:
-        """Select behind the earlier exits: inside the last select's `otherwise`."""
-        final = graph.final
-        final.meta["final"] = True
-        outer = [n for n in final.users if n.target is SELECT and n.args[2] is final]
-        with graph.fx.inserting_before(outer[0] if outer else graph.output):
-            chosen = graph.fx.call_function(SELECT, (decision, prediction, final))
-        if outer:
-            outer[0].replace_input_with(final, chosen)
-        else:
-            leaves = list(graph.output.args[0])  # type: ignore[arg-type]
-            leaves[graph.signature.prediction] = chosen
-            graph.output.args = (tuple(leaves),)
+        leave(graph, decision, prediction)
 
     def _inputs(self, graph: Graph, sources: list[fx.Node]) -> list[fx.Node]:
         """The head's inputs: each feature, with its mask after it."""
@@ -216,6 +202,8 @@ def _within(node: fx.Node, path: str) -> bool:
 
 def _late_output(graph: Graph, cut: fx.Node) -> str | None:
     """Name of an output leaf, besides the prediction, that is not there yet where only `cut` has run."""
+    if len(graph.signature.output_names) == 1:
+        return None
     there: set[fx.Node] = set()
     queue = [cut]
     while queue:

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import fx, nn
 
 from dyncompile.branches import GRANULARITIES, Fixed, Skippable, skip, skippable
-from dyncompile.errors import ArgumentError
+from dyncompile.errors import ArgumentError, PassError
 from dyncompile.features import POOLS, feature, token_mask
 from dyncompile.graph import Graph, spec
 from dyncompile.nn import FeedForwardPolicy, Gate, RecurrentPolicy, build_estimator
@@ -95,9 +95,12 @@ class LayerSkip(Pass):
     def rewrite(self, graph: Graph, site: Site) -> None:
         """Gate one branch, behind those that are gated already."""
         add = find(graph, site.data["add"])
-        source = graph.dominators[add]
+        source = graph.dominator(add)
+        if source is None:
+            raise PassError(f"`{add.name}` is on no path to the prediction: the sites were made for another model")
         rows = spec(source).rows
-        state = [node for node in graph.fx.nodes if node.meta.get(_STATE) == rows][-2:]
+        recurrent = self.gate == "recurrent"
+        state = [node for node in graph.fx.nodes if recurrent and node.meta.get(_STATE) == rows][-2:]
         policy = self._policy(graph, source, self._shared(graph))
         gate = Gate(policy, estimator=build_estimator(self.estimator))
         taps = ["decision", "probability"] + ["", ""] * isinstance(policy, RecurrentPolicy)

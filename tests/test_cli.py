@@ -8,8 +8,6 @@ import pytest
 import torch
 import torch._dynamo
 
-from dyncompile.cli import main
-
 MODELS = """
 import torch
 from torch import nn
@@ -45,22 +43,10 @@ def model(tmp_path, monkeypatch):
     return "models.py:model"
 
 
-@pytest.fixture
-def run(capsys):
-    """Run a command; its exit code, standard output and standard error."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as stopped:
-            main([str(argument) for argument in arguments])
-        return stopped.value.code or 0, *capsys.readouterr()
-
-    return run
-
-
 def test_help_names_every_command(run):
     code, out, _ = run("--help")
     assert code == 0
-    for command in ("demo", "inspect", "convert", "finetune", "calibrate", "bench"):
+    for command in ("demo", "inspect", "convert", "finetune", "calibrate", "bench", "check", "passes"):
         assert command in out
         code, text, _ = run(command, "--help")
         assert code == 0
@@ -120,7 +106,7 @@ def test_inspect_shows_what_convert_would_do(run, model):
     ("arguments", "message"),
     [
         (["convert", "models.py", "out"], "error: `model`: found 'models.py'; expected package"),
-        (["convert", "none.py:model", "out"], "error: `model`: found none.py:model, which fails"),
+        (["convert", "none.py:model", "out"], "error: `model`: found no file none.py"),
         (["convert", "models.py:none", "out"], "has no attribute 'none'"),
         (["convert", "models.py:broken", "out"], "RuntimeError: no weights here"),
         (["convert", "models.py:number", "out"], "found a int from models.py:number"),
@@ -140,7 +126,7 @@ def test_inspect_shows_what_convert_would_do(run, model):
         (["bench", "models.py:model", "none"], "none"),
         (["demo", "--out", "."], "`out`: found ., which exists"),
         (["demo", "--data", "letters"], "`data`: found 'letters'"),
-        (["demo", "--data", "none.py:images"], "`data`: found none.py"),
+        (["demo", "--data", "none.py:images"], "`data`: found no file none.py"),
         (["demo", "--device", "abacus"], "`device`: found 'abacus'"),
         (["demo", "--depth", "19"], "`depth`: found 19; expected 6n + 2"),
     ],

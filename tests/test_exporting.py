@@ -7,10 +7,11 @@ import pytest
 import torch
 from profiling import flops, profiled
 from test_frame_skip import Video
-from test_passes import MODELS, REFUSED, enable
+from test_passes import MODELS, REFUSED
 from torch import nn
 
 import dyncompile as dc
+from dyncompile.checking.deciding import settle, switch_on
 from dyncompile.exporting import checking, files
 from dyncompile.exporting.pieces import Pieces
 from dyncompile.exporting.routing import Writer
@@ -42,12 +43,26 @@ class StepsFirst(nn.Module):
         return x.mean(0)
 
 
+class Several(nn.Module):
+    """Recurrent layers of other kinds than an LSTM, beside each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.both = nn.GRU(6, 4, batch_first=True, bidirectional=True)
+        self.plain = nn.RNN(6, 4, batch_first=True, nonlinearity="relu", bias=False)
+
+    def forward(self, x):
+        h, state = self.both(x)
+        return torch.cat((h.mean(1), state[-1], self.plain(x)[0].mean(1)), 1)
+
+
 # Decisions about rows of a sample, samples along another dim, an agent that reads the state.
 MORE = {
     "tokens": (*MODELS["text"], [NeuronGate(per="token", groups=2)], {}),
     "frames": (Video, lambda n: (torch.randn(n, 5, 3, 8, 8),), [FrameSkip()], {}),
     "steps first": (StepsFirst, lambda n: (torch.randn(4, n, 8),), [LayerSkip()], {"batch_dims": {"x": 1}}),
     "state": (*MODELS["steps"], [FrameSkip(reads="state")], {}),
+    "recurrent": (Several, lambda n: (torch.randn(n, 7, 6),), [FrameSkip()], {}),
 }
 CASES = [*FIRST, *CHAINS, *((kind, "") for kind in MORE)]
 BATCHES = (1, 2, 7, 33)
@@ -63,20 +78,9 @@ def converted(kind, chain):
     torch.manual_seed(0)
     make, inputs, *more = (MODELS | MORE)[kind]
     passes, options = more or (chain.split("-"), {})
-    dyn = enable(dc.dynamize(make(), passes, example_inputs=inputs(2), **options))
+    dyn = switch_on(dc.dynamize(make(), passes, example_inputs=inputs(2), **options))
     settle(dyn, inputs(64))
     return dyn
-
-
-@torch.no_grad()
-def settle(dyn, inputs):
-    """Set every knob near the middle of what the model's decisions are made by, but not on any sample's value."""
-    trace = dyn.trace(*inputs)
-    for name, confidence in trace.confidence.items():
-        dyn.exits[name].threshold.copy_(confidence.median() + 1e-4)
-    for name, probability in trace.probabilities.items():
-        if not dyn.gates[name].routes:
-            dyn.gates[name].bias.copy_(1e-4 - torch.logit(probability.float()).median())
 
 
 def fed(dyn, inputs):
@@ -124,7 +128,9 @@ def test_the_file_decides_and_computes_what_the_model_does(exported, kind, chain
                 np.testing.assert_array_equal(found[f"decisions.{name}"] >= 0, rows)
 
 
-@pytest.mark.parametrize(("kind", "chain"), [case for case in CASES if case[0] not in ("steps", "state", "frames")])
+@pytest.mark.parametrize(
+    ("kind", "chain"), [case for case in CASES if case[0] not in ("steps", "state", "frames", "recurrent")]
+)
 def test_by_the_sample_no_more_runs_than_is_counted(exported, kind, chain, tmp_path):
     dyn, path = exported(kind, chain, "sample")
     inputs = example(kind, 33)
@@ -132,6 +138,16 @@ def test_by_the_sample_no_more_runs_than_is_counted(exported, kind, chain, tmp_p
     trace = dyn.trace(*inputs)
     assert float(torch.cat([d.flatten().float() for d in trace.decisions.values()]).mean()) > 0
     assert flops(ran) == pytest.approx(float(trace.cost.double().sum()) * dyn.cost_model().static, rel=1e-5)
+
+
+def test_a_step_that_is_skipped_does_not_run_where_the_agent_reads_the_state(exported, tmp_path):
+    dyn, path = exported("state", "", "sample")
+    for _ in range(4):
+        inputs = example("state", 1)
+        _, ran = profiled(path, fed(dyn, inputs), tmp_path)
+        kept = int(dyn.trace(*inputs).decisions["frames0"].sum())
+        # Of the state of a cell.
+        assert sum(kind == "Tanh" for kind, _, _ in ran) == 2 * kept
 
 
 def test_frames_that_are_skipped_do_not_enter_the_backbone(exported, tmp_path):

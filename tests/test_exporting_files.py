@@ -11,10 +11,10 @@ import torch
 from exiting import Net, Tokens
 from profiling import profiled
 from test_cli import MODELS as CLI_MODELS
-from test_exporting import settle
 from torch import nn
 
 import dyncompile as dc
+from dyncompile.checking.deciding import settle
 from dyncompile.cli import main
 from dyncompile.demo.datasets import load
 from dyncompile.demo.models import ResNet
@@ -148,6 +148,19 @@ def test_stages_decide_and_compute_what_the_model_does(dyn, tmp_path):
         StagedModel(tmp_path)
 
 
+@pytest.mark.parametrize("routing", ["sample", "stages"])
+def test_an_exit_keeps_its_number_where_one_before_it_is_disabled(dyn, tmp_path, routing):
+    dyn.exits["exit0"].enabled.fill_(False)
+    path = dc.export(dyn, tmp_path / ("model.onnx" if routing == "sample" else "stages"), routing=routing,
+                     decisions=routing == "sample")  # fmt: skip
+    x = torch.randn(20, 3, 8, 8)
+    inputs = {"x": x.numpy()}
+    found = StagedModel(path)(**inputs) if routing == "stages" else checking.running(checking.session(path))(inputs)
+    left = dyn.trace(x).decisions["exit1"]
+    assert 0 < int(left.sum()) < 20
+    np.testing.assert_array_equal(found["exit"], torch.where(left, 1, 2).numpy())
+
+
 def test_what_differs_leaves_what_was_there(dyn, tmp_path, monkeypatch):
     path = tmp_path / "model.onnx"
     path.write_text("before")
@@ -237,8 +250,7 @@ def test_thresholds_are_set_or_nothing_is(dyn, tmp_path, capsys):
     assert set_knobs(path, {})["exits.exit0.enabled"] is False
 
 
-@pytest.mark.parametrize("routing", ["sample", "batch", "stages"])
-def test_a_thousand_real_images_are_decided_as_the_lowered_model_does(routing, tmp_path, needs):
+def test_stages_decide_a_thousand_real_images_as_the_lowered_model_does(tmp_path, needs):
     needs("sklearn")
     images = load("digits", seed=0, shape=(1, 8, 8))
     x = torch.cat([images.train.tensors[0], images.test.tensors[0]])[:1000]
@@ -248,10 +260,7 @@ def test_a_thousand_real_images_are_decided_as_the_lowered_model_does(routing, t
     for module in (*dyn.exits.values(), *dyn.gates.values()):
         module.enabled.fill_(True)
     settle(dyn, (x,))
-    path = tmp_path / ("stages" if routing == "stages" else "model.onnx")
-    dc.export(dyn, path, routing=routing, decisions=True)
-    inputs = {"x": x.numpy()}
-    found = StagedModel(path)(**inputs) if routing == "stages" else checking.running(checking.session(path))(inputs)
+    found = StagedModel(dc.export(dyn, tmp_path / "stages", routing="stages"))(x=x.numpy())
     assert not checking.differences(found, dyn, [x])
     fast = dc.lower(dyn, backend="eager", decline=False)
     torch.testing.assert_close(torch.from_numpy(found["output"]), fast(x), rtol=1e-4, atol=1e-5)

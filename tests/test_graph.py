@@ -1,8 +1,10 @@
 """What a graph tells of a model: cut points, residual branches, FLOPs, shapes."""
 
+import copy
+
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from dyncompile.capture import capture
 from dyncompile.errors import MixedSamplesError
@@ -46,6 +48,28 @@ def test_residual_branches_are_all_found(captured, name, identity, projection):
     assert sum(not b.identity for b in branches) == projection
     for b in branches:
         assert spec(b.add) == spec(b.output) == spec(b.shortcut)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "swin_t", "densenet121"])
+def test_one_dominator_is_the_one_that_the_whole_tree_has(captured, name):
+    graph = captured(name)
+    assert len(graph.dominators) > 20
+    for node, found in graph.dominators.items():
+        assert graph.dominator(node) is found
+
+
+def test_nodes_are_found_by_name_also_after_the_graph_changed(captured):
+    graph = copy.copy(captured("resnet18"))
+    graph.fx = fx.Graph()
+    graph.fx.output((graph.fx.call_function(torch.zeros, (1,)),))
+    (zeros, output) = graph.fx.nodes
+    assert graph.find("zeros") is zeros
+    with graph.fx.inserting_before(output):
+        new = graph.fx.call_function(torch.ones, (1,))
+    assert graph.find("ones") is new
+    output.args = ((new,),)
+    graph.fx.erase_node(zeros)
+    assert graph.find("zeros") is None
 
 
 def test_bert_has_two_branches_a_layer(needs):

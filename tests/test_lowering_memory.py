@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import dyncompile as dc
 from dyncompile.capture import capture
@@ -156,3 +156,18 @@ def test_a_rectifier_moves_into_the_arm_where_that_changes_nothing(inner, moves,
         torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-6)
     absorb_activations(fast.plan.graph, fast.dynamic)
     assert sum("relu" in str(node.target) for node in fast.plan.graph.nodes) == 1
+
+
+def test_activations_behind_more_selects_than_python_recurses():
+    graph = fx.Graph()
+    x, decision = graph.placeholder("x"), graph.placeholder("decision")
+    value = graph.call_function(torch.relu, (x,))
+    for _ in range(1500):
+        chosen = graph.call_function(SELECT, (decision, graph.call_function(torch.neg, (value,)), value))
+        value = graph.call_function(torch.relu, (chosen,))
+    graph.output((value,))
+    absorb_activations(graph, nn.Module())
+    last = graph.output_node().args[0][0]
+    assert last.target is SELECT
+    assert last.args[1].target is torch.relu
+    assert sum(node.target is SELECT for node in graph.nodes) == 1500

@@ -95,6 +95,13 @@ def same(actual: Any, expected: Any, slack: float = 1.0) -> bool:
     return torch.allclose(actual, expected, rtol=0.0, atol=bound, equal_nan=True)
 
 
+def distance(actual: Tensor, expected: Tensor) -> str:
+    """In what two values differ, as the end of a sentence."""
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return f"is {actual.dtype} {list(actual.shape)}, not {expected.dtype} {list(expected.shape)}"
+    return f"is off by up to {float((actual.double() - expected.double()).abs().max()):.2g}"
+
+
 def expect(
     model: nn.Module,
     signature: Signature,

@@ -2,23 +2,26 @@
 
 import importlib
 import importlib.util
+import inspect
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dyncompile.errors import ArgumentError, DyncompileError
 
 T = TypeVar("T")
 
 
-def make(spec: str, kind: type[T], *, argument: str) -> T:
+def make(spec: str, kind: type[T], *, argument: str, options: Mapping[str, Any] | None = None) -> T:
     """Call the factory that `PACKAGE.MODULE:NAME` or `FILE.py:NAME` speaks of.
 
     Args:
         spec: Where the factory is.
         kind: What it must return.
         argument: What an error calls `spec`.
+        options: Keyword arguments of the factory.
 
     Raises:
         ArgumentError: There is no such file, module or name, it fails, or it returns another kind.
@@ -31,9 +34,11 @@ def make(spec: str, kind: type[T], *, argument: str) -> T:
     if not module_name or not name:
         expected = "package.module:factory or file.py:factory"
         raise ArgumentError(argument, found=repr(spec), expected=expected)
+    if module_name.endswith(".py") and not Path(module_name).is_file():
+        raise ArgumentError(argument, found=f"no file {module_name}", expected="a Python file, as in file.py:factory")
     expected = f"a factory that returns {kind.__module__}.{kind.__qualname__}"
     try:
-        made = getattr(_import(module_name), name)()
+        made = getattr(_import(module_name), name)(**(options or {}))
     except DyncompileError:
         raise
     except Exception as error:  # what a user's code raises can be anything
@@ -45,6 +50,24 @@ def make(spec: str, kind: type[T], *, argument: str) -> T:
     return made
 
 
+def origin(spec: str) -> tuple[str, int]:
+    """File and line of a factory that `make` has called, for a person to look at; the file alone is line 1."""
+    module_name, _, name = spec.rpartition(":")
+    module = sys.modules[_in_sys(module_name)]
+    file = Path(str(module.__file__))
+    try:
+        line = inspect.getsourcelines(getattr(module, name))[1]
+    except (OSError, TypeError):
+        line = 1
+    here = Path.cwd()
+    return str(file.relative_to(here) if file.is_relative_to(here) else file), line
+
+
+def _in_sys(name: str) -> str:
+    """The key of a module in `sys.modules`."""
+    return f"_dyncompile_{Path(name).stem}" if name.endswith(".py") else name
+
+
 def _import(name: str) -> ModuleType:
     if not name.endswith(".py"):
         sys.path.insert(0, str(Path.cwd()))
@@ -53,7 +76,7 @@ def _import(name: str) -> ModuleType:
         finally:
             sys.path.pop(0)
     path = Path(name).resolve()
-    module_name = f"_dyncompile_{path.stem}"
+    module_name = _in_sys(name)
     spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{name} is no Python file")

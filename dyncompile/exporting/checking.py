@@ -9,8 +9,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from dyncompile.capture.check import same
-from dyncompile.errors import ExportError, require
+from dyncompile.capture.check import distance, same
+from dyncompile.errors import InvalidExportError, require
 from dyncompile.module import DynamicModule
 
 Arrays = Mapping[str, np.ndarray]
@@ -23,7 +23,7 @@ def session(path: Path) -> Any:
     """A session of onnxruntime on the processor.
 
     Raises:
-        ExportError: onnxruntime refuses the file.
+        InvalidExportError: onnxruntime refuses the file.
     """
     runtime = require("onnxruntime", extra="export")
     options = runtime.SessionOptions()
@@ -31,7 +31,7 @@ def session(path: Path) -> Any:
     try:
         return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ExportError(f"onnxruntime refuses what was exported: {error}") from error
+        raise InvalidExportError(f"onnxruntime refuses what was exported: {error}") from error
 
 
 def running(loaded: Any) -> Run:
@@ -52,7 +52,7 @@ def compare(run: Run, dyn: DynamicModule) -> None:
         dyn: What it was exported from.
 
     Raises:
-        ExportError: It fails, or an output or decision differs.
+        InvalidExportError: It fails, or an output or decision differs.
     """
     position = dyn._batched()
     example = dyn.graph.inputs[position].shape[dyn.graph.batch_dims[position] or 0]
@@ -63,9 +63,9 @@ def compare(run: Run, dyn: DynamicModule) -> None:
             # numpy has no bfloat16, and then the processor's runtime has not either.
             found = run({name: t.cpu().numpy() for name, t in zip(names, inputs, strict=True)})
         except Exception as error:
-            raise ExportError(f"the exported model fails at batch size {batch}: {error}") from error
+            raise InvalidExportError(f"the exported model fails at batch size {batch}: {error}") from error
         if why := differences(found, dyn, inputs):
-            raise ExportError(f"the exported model computes something else at batch size {batch}: {why}")
+            raise InvalidExportError(f"the exported model computes something else at batch size {batch}: {why}")
 
 
 def differences(found: Arrays, dyn: DynamicModule, inputs: list[Tensor]) -> str:
@@ -84,7 +84,7 @@ def differences(found: Arrays, dyn: DynamicModule, inputs: list[Tensor]) -> str:
         if isinstance(leaf, Tensor):
             value = torch.from_numpy(np.asarray(found[name]))
             if not same(value, leaf.cpu()):
-                return f"output `{name}` {_distance(value, leaf.cpu())}"
+                return f"output `{name}` {distance(value, leaf.cpu())}"
     for name, decision in trace.decisions.items():
         if (array := found.get(f"decisions.{name}")) is not None:
             value, wanted = torch.from_numpy(array), decision.cpu().long().flatten()
@@ -92,9 +92,3 @@ def differences(found: Arrays, dyn: DynamicModule, inputs: list[Tensor]) -> str:
             if bool(wrong.any()):
                 return f"decision `{name}` of rows {wrong.nonzero().flatten().tolist()[:5]}"
     return ""
-
-
-def _distance(value: Tensor, wanted: Tensor) -> str:
-    if value.shape != wanted.shape or value.dtype != wanted.dtype:
-        return f"is {value.dtype} {list(value.shape)}, not {wanted.dtype} {list(wanted.shape)}"
-    return f"is off by up to {float((value.double() - wanted.double()).abs().max()):.2g}"

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dyncompile.errors import ArgumentError, ExportError, require
+from dyncompile.errors import ArgumentError, InvalidExportError, require
 from dyncompile.lowering import lower
 from dyncompile.module import DynamicModule
 
@@ -47,7 +47,8 @@ def export(
             batch as soon as one row takes it; for batch 1, and what `*.pt2` always does. "stages": an ONNX file for
             each segment, a manifest, and the host (`dyncompile.exporting.stages.StagedModel`) between them.
         decisions: ONNX outputs beside the model's own: `decisions.NAME` int64 for each decision, -1 for rows that did
-            not come to it, and `exit`, the number of the exit that a sample took.
+            not come to it, and `exit`, the number of the exit that a sample took: its place among the model's exits,
+            disabled ones counted; how many these are where it took none.
         calibration: Kept in the file's metadata, with the recipe and the costs.
 
     Returns:
@@ -55,7 +56,8 @@ def export(
 
     Raises:
         ArgumentError: No dynamic model, or a path or routing that does not fit.
-        ExportError: An operation has no counterpart, or the exported model computes something else; no file is left.
+        ExportError: An operation has no counterpart.
+        InvalidExportError: The exported model does not run or computes something else; no file is left.
         LoweringError: The model is in training mode.
     """
     if not isinstance(dyn, DynamicModule):
@@ -126,7 +128,7 @@ def save(model: Any, path: Path) -> None:
     """Write an ONNX model, large weights beside it, and check it.
 
     Raises:
-        ExportError: The checker or shape inference finds fault with it.
+        InvalidExportError: The checker or shape inference finds fault with it.
     """
     import onnx
     import onnx_ir
@@ -139,7 +141,7 @@ def save(model: Any, path: Path) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"the exported model is not valid ONNX: {error}") from error
+        raise InvalidExportError(f"the exported model is not valid ONNX: {error}") from error
 
 
 @contextmanager

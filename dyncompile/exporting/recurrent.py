@@ -61,9 +61,13 @@ class SequenceLayer(nn.Module):
         steps = torch.arange(length, device=x.device).expand(batch, -1)
         # The k-th kept step of a sample; skipped ones all go to a place behind, which nobody reads.
         place = torch.where(kept, done - 1, length)
-        source = torch.zeros_like(torch.cat((steps, steps[:, :1]), 1)).scatter(1, place, steps)[:, :length]
-        rows = (sample.unsqueeze(1) * length + source).t().reshape(-1)
-        compact = x.reshape(-1, x.shape[-1]).index_select(0, rows).reshape(length, batch, -1)
+        source = torch.zeros_like(torch.cat((steps, steps[:, :1]), 1)).scatter(1, place, steps)
+        # No longer than what the sample that keeps most has kept.
+        longest: Any = count.max().clamp(min=1).item()
+        torch._check(longest >= 1)
+        torch._check(longest <= length)
+        rows = (sample.unsqueeze(1) * length + source.narrow(1, 0, longest)).t().reshape(-1)
+        compact = x.reshape(-1, x.shape[-1]).index_select(0, rows).reshape(longest, batch, x.shape[-1])
         out, after = self._operator(compact, count, state, weights)
         flat = torch.cat((state[0].unsqueeze(0), out)).reshape(-1, out.shape[-1])
         spread = flat.index_select(0, (done * batch + sample.unsqueeze(1)).reshape(-1)).reshape(batch, length, -1)

@@ -80,8 +80,8 @@ class Writer:
                 outputs.append(self._output(scope, value, name, Spec(tuple(constant.shape), constant.dtype, None)))
         for name, value in decisions.items():
             outputs.append(self._output(scope, value, f"decisions.{name}", self._spec(name)))
-        exits = [name for name in self.dyn.exits if name in decisions]
-        if exits:
+        exits = list(self.dyn.exits)
+        if not decisions.keys().isdisjoint(exits):
             outputs.append(self._output(scope, _exit(scope, exits, decisions), "exit", Spec((1,), torch.int64, 0)))
         graph = scope.finish("dyncompile", outputs, inputs)
         return finished(graph, scope, self.knobs)
@@ -247,9 +247,10 @@ def made_decisions(plan: Plan) -> dict[fx.Node, str]:
 
 
 def _exit(scope: Scope, exits: Sequence[str], decisions: dict[str, ir.Value]) -> ir.Value:
-    """Which exit each sample took; how many there are where it took none."""
+    """Which exit each sample took; how many the model has, disabled ones counted, where it took none."""
     index = scope.constant(len(exits))
     for number, name in reversed(list(enumerate(exits))):
-        left = scope.op("Equal", decisions[name], scope.constant(1))
-        index = scope.op("Where", left, scope.constant(number), index)
+        if name in decisions:
+            left = scope.op("Equal", decisions[name], scope.constant(1))
+            index = scope.op("Where", left, scope.constant(number), index)
     return index

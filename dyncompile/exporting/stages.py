@@ -103,7 +103,7 @@ class Manifest(_Model):
         outputs: The model's outputs, likewise; or a constant.
         values: Every value.
         decisions: For each decision the value that holds it.
-        exits: The decisions that are exits, in order.
+        exits: The model's exits, in order; those that were disabled have no decision.
         root: What always runs.
         metadata: Recipe, costs and calibration.
     """
@@ -188,7 +188,8 @@ class StagedModel:
 
         Returns:
             The outputs by name; `decisions.NAME` int64 for each decision, -1 for rows that did not come to it; and
-            `exit`, the number of the exit that each sample took, the number of exits where it took none.
+            `exit`, the number of the exit that each sample took among the model's, how many these are where it
+            took none.
 
         Raises:
             ArgumentError: An input is missing, or not one of the model's.
@@ -208,10 +209,11 @@ class StagedModel:
             if value is not None
         }
         outputs |= {f"decisions.{name}": value for name, value in decisions.items()}
-        if manifest.exits:
+        if not decisions.keys().isdisjoint(manifest.exits):
             index = np.full(batch, len(manifest.exits))
             for number, name in reversed(list(enumerate(manifest.exits))):
-                index[decisions[name] == 1] = number
+                if name in decisions:
+                    index[decisions[name] == 1] = number
             outputs["exit"] = index
         return outputs
 

@@ -45,7 +45,7 @@ def write_stages(plain: LoweredModule, folder: Path, metadata: dict[str, str]) -
         outputs={name: _leaf(leaf) for name, leaf in zip(signature.output_names, leaves, strict=True)},
         values={n.name: _value(n) for n in plan.graph.nodes if is_tensor(n)},
         decisions={name: node.name for node, name in made_decisions(plan).items()},
-        exits=[name for name in dyn.exits if name in made_decisions(plan).values()],
+        exits=list(dyn.exits),
         root=_block(plan.root, files),
         metadata=metadata,
     )

@@ -20,14 +20,17 @@ def absorb_activations(graph: fx.Graph, root: nn.Module) -> None:
         graph: Changed in place.
         root: Owns the modules that the nodes name.
     """
+    known: set[fx.Node] = set()
     for node in list(graph.nodes):
+        if _never_negative(node, root, known):
+            known.add(node)
         if not _is_relu(node, root):
             continue
         chosen = node.all_input_nodes[0]
         if chosen.target is not SELECT or len(chosen.users) > 1:
             continue
         decision, taken, otherwise, *dim = chosen.args
-        if taken is otherwise or not _never_negative(otherwise, root):
+        if taken is otherwise or otherwise not in known:
             continue
         with graph.inserting_before(chosen):
             rectified = graph.create_node(node.op, node.target, (taken,))
@@ -35,6 +38,7 @@ def absorb_activations(graph: fx.Graph, root: nn.Module) -> None:
         with graph.inserting_before(node):
             select = graph.call_function(SELECT, (decision, rectified, otherwise, *dim))
         select.meta.update(chosen.meta)
+        known.update((rectified, select))
         node.replace_all_uses_with(select)
         graph.erase_node(node)
         graph.erase_node(chosen)
@@ -46,11 +50,10 @@ def _is_relu(node: fx.Node, root: nn.Module) -> bool:
     return node.op == "call_function" and node.target in _RELUS
 
 
-def _never_negative(node: object, root: nn.Module) -> bool:
-    if not isinstance(node, fx.Node):
-        return False
+def _never_negative(node: fx.Node, root: nn.Module, known: set[fx.Node]) -> bool:
+    """Whether a value has no negative entry, given which of those before it have none."""
     if node.target is SELECT:
-        return all(_never_negative(arm, root) for arm in node.args[1:3])
+        return all(arm in known for arm in node.args[1:3])
     if node.op == "call_module" and isinstance(root.get_submodule(str(node.target)), _KEEP_SIGN):
-        return _never_negative(node.all_input_nodes[0], root)
+        return node.all_input_nodes[0] in known
     return _is_relu(node, root)

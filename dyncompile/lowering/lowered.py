@@ -19,7 +19,7 @@ from dyncompile.lowering.absorbing import absorb_activations
 from dyncompile.lowering.measure import unprofitable
 from dyncompile.lowering.plan import Block, Conditional, Plan, Segment, make_plan, segment_module
 from dyncompile.lowering.program import write_program
-from dyncompile.lowering.runtime import Override, Run, Segments
+from dyncompile.lowering.runtime import Override, Run, Segments, is_compiled
 from dyncompile.module import DynamicModule, disabled_decisions
 
 _NOTHING = contextlib.nullcontext()
@@ -128,7 +128,7 @@ class LoweredModule(nn.Module):
                 pointers = [t.untyped_storage().data_ptr() for t in results]
                 held = Counter(pointers) + Counter(t.untyped_storage().data_ptr() for t in given)
                 # In eager mode it hangs on an input's layout whether an operation copies.
-                fixed = hasattr(self._segments[segment], "formats")
+                fixed = is_compiled(self._segments[segment])
                 lent[segment].update(
                     n
                     for n, t in zip(segment.inputs, given, strict=True)
@@ -147,7 +147,8 @@ class LoweredModule(nn.Module):
         dyn = self.dynamic
         modules = {s: segment_module(s, dyn) for s in self.plan.segments()}
         if self.backend == "eager":
-            return dict(modules)
+            # Not the modules themselves: fx and torch would look for hooks and rewrite errors in every call.
+            return {segment: module.forward for segment, module in modules.items()}
         from dyncompile.lowering.inductor import SegmentInput, compile_segment
 
         examples = self.examples()

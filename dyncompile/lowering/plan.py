@@ -1,6 +1,7 @@
 """From demand to a plan: straight-line segments, and conditionals that run an arm on the rows that take it."""
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Iterable, Iterator
 
@@ -11,6 +12,7 @@ from torch import fx, nn
 from dyncompile.demand import Demand, Guard, Unit, analyse, stands_in
 from dyncompile.errors import LoweringError
 from dyncompile.graph import Size, Spec, is_tensor, spec
+from dyncompile.lowering.waiting import Waiting
 from dyncompile.ops import arms_of, is_select
 
 
@@ -121,7 +123,8 @@ def make_plan(graph: fx.Graph, *, dense: dict[str, str] | None = None) -> Plan:
     free -= {v for n in graph.nodes if is_select(n) for v in arms_of(n)} | set(graph.output_node().all_input_nodes)
     while True:
         demand = analyse(graph, dense)
-        refused = {unit.name: reason for unit in demand.units if (reason := _refuse(unit, demand, free))}
+        inside = _contents(demand)
+        refused = {unit.name: reason for unit in demand.units if (reason := _refuse(unit, inside[unit], free))}
         if not refused:
             break
         dense.update(refused)
@@ -138,6 +141,9 @@ class _Builder:
         self.free = free
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.names = {region.guard: region.name for region in demand.regions}
+        self.units: dict[Guard, list[Unit]] = {}
+        for unit in demand.units:
+            self.units.setdefault(unit.guard, []).append(unit)
 
     def block(
         self,
@@ -157,7 +163,7 @@ class _Builder:
         inside = set(nodes)
         if given is None:
             given = self._sorted(source for node in nodes for source in self.reads(node) if source not in inside)
-        units = [u for u in self.demand.units if u.guard == guard and u.selects[0] in inside]
+        units = [u for u in self.units.get(guard, ()) if u.selects[0] in inside]
         owner: dict[fx.Node, Unit] = {}
         for unit in units:
             owner.update(dict.fromkeys(unit.selects, unit))
@@ -190,42 +196,39 @@ class _Builder:
         ready: set[fx.Node],
     ) -> list[Segment | Conditional]:
         """Run as many nodes as possible between two conditionals."""
-        needs: dict[Unit, set[fx.Node]] = {}
-        for unit in units:
-            mine = {*nested[unit], *unit.selects}
-            needs[unit] = {s for node in mine for s in self.reads(node) if s not in mine}
-        pending, waiting = list(own), list(units)
+        nodes = Waiting(own, self.reads, ready)
+        conditionals = Waiting(units, lambda unit: self._needs({*nested[unit], *unit.selects}), ready)
         steps: list[Segment | Conditional] = []
-        while pending or waiting:
+        while len(nodes) or len(conditionals):
             run: list[fx.Node] = []
-            rest: list[fx.Node] = []
-            for node in pending:
-                if _joins(node, run) and all(source in ready for source in self.reads(node)):
-                    ready.add(node)
-                    run.append(node)
-                else:
-                    rest.append(node)
-            pending = rest
+            while (node := nodes.take(functools.partial(_joins, run=run))) is not None:
+                run.append(node)
+                nodes.deliver(node)
+                conditionals.deliver(node)
             if run:
                 steps.append(Segment(run, guard[-1][0].rows if guard else 1))
-            for unit in waiting:
-                if needs[unit] <= ready:
-                    waiting.remove(unit)
-                    ready.update(unit.selects)
-                    steps.append(Conditional(unit, self._arms(unit, nested[unit], guard)))
-                    break
-            else:
-                if not run and (pending or waiting):
-                    raise LoweringError(f"the selects of {[u.name for u in waiting]} wait for each other")
+            unit = conditionals.take()
+            if unit is not None:
+                steps.append(Conditional(unit, self._arms(unit, nested[unit], guard)))
+                for select in unit.selects:
+                    nodes.deliver(select)
+                    conditionals.deliver(select)
+            elif not run:
+                raise LoweringError(f"the selects of {[u.name for u in units]} wait for each other")
         return steps
+
+    def _needs(self, nodes: set[fx.Node]) -> set[fx.Node]:
+        """What some nodes read that is not among them."""
+        return {source for node in nodes for source in self.reads(node) if source not in nodes}
 
     def _arms(self, unit: Unit, nodes: list[fx.Node], guard: Guard) -> list[Block | None]:
         arms: list[Block | None] = []
         for index in range(len(arms_of(unit.selects[0]))):
             path = (*guard, (unit, index))
-            inside = [n for n in nodes if self.demand.guards[n][: len(path)] == path]
+            inside = [n for n in nodes if self.demand.guards[n][len(guard)] == path[-1]]
             values = [arms_of(select)[index] for select in unit.selects]
-            wanted = list(dict.fromkeys(v for v in values if v in set(inside)))
+            there = set(inside)
+            wanted = list(dict.fromkeys(v for v in values if v in there))
             arms.append(self.block(path, inside, wanted) if inside else None)
         return arms
 
@@ -280,19 +283,23 @@ def _shape_only(graph: fx.Graph) -> set[fx.Node]:
     return free
 
 
-def _refuse(unit: Unit, demand: Demand, free: set[fx.Node]) -> str | None:
-    """Why a conditional cannot run on a part of the rows; None if it can."""
+def _contents(demand: Demand) -> dict[Unit, set[fx.Node]]:
+    """The nodes that each conditional may leave out."""
+    found: dict[Unit, set[fx.Node]] = {unit: set() for unit in demand.units}
+    for node, guard in demand.guards.items():
+        for unit, _ in guard:
+            found[unit].add(node)
+    return found
+
+
+def _refuse(unit: Unit, inside: set[fx.Node], free: set[fx.Node]) -> str | None:
+    """Why a conditional cannot run on a part of the rows, given the nodes that it may leave out; None if it can."""
     decision = unit.decision
     if not is_tensor(decision) or len(spec(decision).shape) != 1 or spec(decision).batch_dim != 0:
         return "its decision is not one value a sample, nor one a row in a single dim"
     if unit.guard and unit.rows % unit.guard[-1][0].rows:
         outer = unit.guard[-1][0]
         return f"it decides for {unit.rows} rows a sample, inside a region that `{outer.name}` splits into {outer.rows}"
-    inside = {
-        node
-        for node, guard in demand.guards.items()
-        if guard[: len(unit.guard) + 1][len(unit.guard) :] and guard[len(unit.guard)][0] is unit
-    }
     for select in unit.selects:
         if not _batched(select) or not _splits(select, unit.rows):
             return f"`{select.name}` has no row for each sample" + (" and decision" if unit.rows > 1 else "")

@@ -14,9 +14,8 @@ from torch import Tensor, fx
 
 from dyncompile.demand import decision_name, stands_in
 from dyncompile.graph import spec
-from dyncompile.lowering.inductor import CompiledSegment
 from dyncompile.lowering.plan import Block, Conditional, Plan, Segment
-from dyncompile.lowering.runtime import Run, Segments, choice, gather, merge, within
+from dyncompile.lowering.runtime import Run, Segments, choice, gather, is_compiled, merge, within
 from dyncompile.ops import arms_of
 
 Program = Callable[[list[Tensor], int, Tensor | None, Run], tuple[Tensor, ...]]
@@ -140,7 +139,7 @@ class _BlockWriter:
         for decision in _shared(step):
             self.share(decision)
         call = self.writer.segments[step]
-        if isinstance(call, CompiledSegment):
+        if is_compiled(call):
             serving, serve = self.writer.bind("programs", call.serving), self.writer.bind("serve", call.serve)
             run = f"({serving}.get(count) or {serve}(count))(a)"
             arguments = ["count", *(self.argument(n, f) for n, f in zip(step.inputs, call.formats, strict=True))]

@@ -2,17 +2,25 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from dyncompile.lowering.plan import Segment
 
+if TYPE_CHECKING:
+    from dyncompile.lowering.inductor import CompiledSegment
+
 Override = Callable[[str, Tensor, Tensor | None, int], Tensor]
 """Replaces a decision, given its name, its value, which of all rows it is about (None: all), and how many there are."""
 
 Segments = Mapping[Segment, Callable[..., Sequence[Tensor]]]
+
+
+def is_compiled(segment: object) -> "TypeGuard[CompiledSegment]":
+    """Whether inductor made a segment; asked without loading inductor, which takes seconds."""
+    return hasattr(segment, "formats")
 
 
 @dataclasses.dataclass(slots=True)

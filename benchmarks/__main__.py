@@ -1,0 +1,58 @@
+"""`python -m benchmarks`: list the parts of the scoreboard, run them, render what they found."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.parts import PARTS, Options
+from benchmarks.tasks import SCALES
+
+ROOT = Path(__file__).parent.parent
+RENDER = "render"
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    parts: Annotated[list[str] | None, typer.Argument(help="names of parts; none: list them; or `render`")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="little of everything: does it run? No name: all")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    out: Annotated[Path, typer.Option(help="folder for JSON")] = ROOT / "benchmarks" / "results",
+    cache: Annotated[Path, typer.Option(help="folder for what was trained")] = Path("benchmarks-cache"),
+    scale: Annotated[str, typer.Option(help=f"of trained tasks: {', '.join(SCALES)}")] = "full",
+    hapt: Annotated[Path | None, typer.Option(help="archive that benchmarks.recordings names")] = None,
+) -> None:
+    """Measure parts of the scoreboard, one after the other, and write a JSON file for each.
+
+    `render` writes benchmarks/RESULTS.md, its pictures and the README's tables from the JSON files of the repository.
+    """
+    unknown = sorted(set(parts or ()) - {*PARTS, RENDER})
+    if unknown:
+        raise typer.BadParameter(f"{unknown}; there are {[*PARTS, RENDER]}")
+    if not parts and not quick:
+        table = Table("part", "what it measures")
+        for name, part in PARTS.items():
+            table.add_row(name, part.summary)
+        table.add_row(RENDER, "RESULTS.md, pictures and the README's tables, from the JSON files")
+        Console().print(table)
+        return
+    options = Options(quick=quick, device=device, out=out, cache=cache, scale=scale, hapt=hapt)
+    for name in parts or PARTS:
+        if name == RENDER:
+            from benchmarks.render import render
+
+            render(ROOT)
+            continue
+        start = time.perf_counter()
+        PARTS[name].run(name, options)
+        print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m benchmarks")

@@ -1,0 +1,109 @@
+"""From the JSON files of the repository to RESULTS.md, its pictures, and what stands between markers in README.md.
+
+A document has `<!-- benchmarks:NAME -->` before and `<!-- /benchmarks:NAME -->` behind what is written here.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from benchmarks import pictures
+from benchmarks.harness import Report
+from benchmarks.scores import Scoreboard
+from dyncompile.errors import ArgumentError
+
+FRONTIERS = (1, 64)
+_INTRODUCTION = """# Results
+
+Written by `python -m benchmarks render` from the JSON files in `results/`. Each part names the command that measured
+it, the machine, and how busy that was. `python -m benchmarks` lists the parts.
+"""
+
+
+def render(root: Path) -> None:
+    """Write the documents.
+
+    Args:
+        root: Of the repository: `benchmarks/results/*.json` are read.
+
+    Raises:
+        ArgumentError: A document lacks a marker.
+    """
+    folder = root / "benchmarks" / "results"
+    parts = [_INTRODUCTION]
+    for path in sorted(folder.glob("*.json")):
+        found = read(path)
+        heading = f"## {path.stem}\n\n"
+        if isinstance(found, Scoreboard):
+            for batch in FRONTIERS:
+                name = f"{path.stem}-{batch}.svg"
+                (folder / name).write_text(pictures.frontier(found, batch), encoding="utf-8")
+            parts.append(heading + scoreboard(found, "results/"))
+        else:
+            if path.stem == "growth":
+                for table in found.tables[:2]:
+                    name = f"growth-{_slug(table.columns[0])}.svg"
+                    (folder / name).write_text(pictures.growth(table), encoding="utf-8")
+            parts.append(heading + found.markdown())
+    (root / "benchmarks" / "RESULTS.md").write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
+    readme = root / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    for path in sorted(folder.glob("*.json")):
+        found = read(path)
+        if f"<!-- benchmarks:{path.stem} -->" in text:
+            shown = summary(found) if isinstance(found, Scoreboard) else overview(found)
+            text = between(text, path.stem, shown)
+    readme.write_text(text, encoding="utf-8")
+
+
+def read(path: Path) -> Report | Scoreboard:
+    """What a JSON file holds."""
+    content = path.read_text(encoding="utf-8")
+    kind = Scoreboard if json.loads(content).get("kind") == "scoreboard" else Report
+    return kind.model_validate_json(content)
+
+
+def between(text: str, name: str, content: str) -> str:
+    """A document with other content between the markers of a name.
+
+    Raises:
+        ArgumentError: The marker behind it is missing.
+
+    >>> between("a <!-- benchmarks:x -->old<!-- /benchmarks:x --> b", "x", "new").split()
+    ['a', '<!--', 'benchmarks:x', '-->', 'new', '<!--', '/benchmarks:x', '-->', 'b']
+    """
+    start, end = f"<!-- benchmarks:{name} -->", f"<!-- /benchmarks:{name} -->"
+    if start not in text or end not in text:
+        raise ArgumentError("document", found=f"no pair {start}, {end}", expected="both")
+    head, _, rest = text.partition(start)
+    return f"{head}{start}\n{content}\n{end}{rest.partition(end)[2]}"
+
+
+def scoreboard(board: Scoreboard, folder: str) -> str:
+    """The whole of a scoreboard: how it was measured, pictures, verdicts, table."""
+    facts = {**board.machine, **board.settings}
+    head = [f"`{board.command}`", "", *(f"- {key}: {value}" for key, value in facts.items())]
+    shown = [batch for batch in FRONTIERS if any(batch in score.seconds for score in board.scores)]
+    images = [f"![Accuracy over time at batch {batch}]({folder}{board.name}-{batch}.svg)" for batch in shown]
+    verdicts = [board.verdict(batch) for batch in shown]
+    return "\n".join(head) + "\n\n" + "\n\n".join([*images, *verdicts, board.table().markdown()]) + "\n"
+
+
+def summary(board: Scoreboard) -> str:
+    """What the README shows: pictures and verdicts."""
+    shown = [batch for batch in FRONTIERS if any(batch in score.seconds for score in board.scores)]
+    images = [f"![Accuracy over time at batch {batch}](benchmarks/results/{board.name}-{batch}.svg)" for batch in shown]
+    facts = f"{board.settings['data']}; {board.settings['scale']}; {board.machine['processor']}."
+    how = f"{facts} `{board.command}`; all figures: [RESULTS.md](benchmarks/RESULTS.md)."
+    return "\n\n".join([*images, *(board.verdict(batch) for batch in shown), how])
+
+
+def overview(report: Report) -> str:
+    """What the README shows of a benchmark: its first table, and where it was measured."""
+    table = report.tables[0].markdown().partition("\n\n")[2]
+    load = report.machine["load before"]
+    return f"{table} {report.machine['processor']}; load before: {load}. `{report.command}`"
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

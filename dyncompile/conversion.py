@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from dyncompile.capture import capture
-from dyncompile.capture.examples import infer_inputs
-from dyncompile.errors import ArgumentError
+from dyncompile.capture.examples import CALL, infer_inputs
+from dyncompile.errors import ArgumentError, ExampleInputsError
 from dyncompile.graph import Graph, spec
 from dyncompile.module import DynamicModule
 from dyncompile.passes import Pass, Refusal, Site, resolve
+from dyncompile.passes.early_exit import class_dim
 from dyncompile.recipe import Recipe, Step, class_name, encode_option, floating_dtype, state_shapes
 
 
@@ -41,7 +42,8 @@ def dynamize(
         batch_dims: Batch dim of an input by name, where it is not dim 0; None for an input without one.
         prediction: Name of the output leaf that is the prediction; default `logits`, else the only floating leaf.
         prediction_only: Return the prediction alone and drop the other leaves of the output.
-        task: "classification" or "regression"; default by the prediction's shape: one column is a regression.
+        task: "classification" or "regression"; default by the prediction's shape: one value
+            in place of classes (`[N, 1]`, `[N, L, 1]`, `[N, 1, H, W]`) is a regression.
         inplace: Take the model's own modules instead of copies.
         options: Options of the pass, where `strategy` names one: `exits=4, head="conv"`.
 
@@ -108,15 +110,21 @@ def begin(
     if task not in (None, "classification", "regression"):
         raise ArgumentError("task", found=repr(task), expected="'classification' or 'regression'")
     args, kwargs, origin = infer_inputs(model, example_inputs)
-    graph = capture(
-        model,
-        args,
-        kwargs,
-        batch_dims=batch_dims,
-        prediction=prediction,
-        prediction_only=prediction_only,
-        inplace=inplace,
-    )
+    try:
+        graph = capture(
+            model,
+            args,
+            kwargs,
+            batch_dims=batch_dims,
+            prediction=prediction,
+            prediction_only=prediction_only,
+            inplace=inplace,
+        )
+    except ExampleInputsError as error:
+        if example_inputs is not None:
+            raise
+        found = f"None; inputs were taken from {origin}, but {error}"
+        raise ArgumentError("example_inputs", found=found, expected=f"a call like {CALL}") from error
     inferred = _infer_task(graph)
     if task == "classification" and inferred == "regression":
         shape = list(spec(graph.prediction).shape)
@@ -180,7 +188,7 @@ def describe(graph: Graph, model: nn.Module, origin: str, *, prediction_only: bo
 
 def _infer_task(graph: Graph) -> str:
     shape = spec(graph.prediction).shape
-    return "regression" if len(shape) < 2 or (len(shape) == 2 and shape[1] == 1) else "classification"
+    return "regression" if len(shape) < 2 or shape[class_dim(spec(graph.prediction))] == 1 else "classification"
 
 
 def _step(item: Pass, sites: list[Site], refused: list[Refusal]) -> Step:

@@ -43,6 +43,10 @@ class CaptureError(DyncompileError):
     """The model cannot be brought into a graph; the message says where it stopped."""
 
 
+class ExampleInputsError(CaptureError):
+    """The model stops on its example inputs."""
+
+
 class MixedSamplesError(CaptureError):
     """The model mixes the samples of a batch, so no part of a batch can be run alone."""
 

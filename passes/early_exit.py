@@ -82,6 +82,9 @@ class EarlyExit(Pass):
         target = spec(graph.prediction)
         if self.features == "dense" and len(target.shape) > 2:
             raise ArgumentError("features", found=f"'dense' for an output {list(target.shape)}", expected="'last'")
+        if self.head == "clone" and graph.task == "regression":
+            found = "'clone' for a regression, whose exits learn a confidence"
+            raise ArgumentError("head", found=found, expected="'linear' or 'conv'")
         if target.batch_dim != 0 or target.rows != 1:
             reason = f"the prediction {list(target.at(2))} of two samples does not hold one in each entry of dim 0"
             yield Refusal(node=graph.prediction.name, reason=reason)

@@ -11,6 +11,7 @@ from torch import nn
 
 from dyncompile.capture import capture
 from dyncompile.capture.examples import infer_inputs
+from dyncompile.conversion import dynamize
 from dyncompile.errors import ArgumentError, CaptureError
 
 
@@ -227,6 +228,33 @@ def test_inputs_are_inferred_or_asked_for():
         infer_inputs(nn.Sequential(nn.LayerNorm(4)), None)
     with pytest.raises(ArgumentError, match="`example_inputs`: found int"):
         infer_inputs(nn.Sequential(nn.LayerNorm(4)), 3)
+
+
+def test_inputs_of_hugging_face_and_timm_are_inferred(needs):
+    transformers, timm = needs("transformers"), needs("timm")
+    sizes = {"hidden_sizes": [8] * 4, "depths": [1] * 4, "num_attention_heads": [1] * 4}
+    model = transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig(image_size=48, **sizes))
+    args, kwargs, origin = infer_inputs(model, None)
+    assert args == ()
+    assert {name: value.shape for name, value in kwargs.items()} == {"pixel_values": (2, 3, 48, 48)}
+    assert "pixel_values" in origin
+    args, _, _ = infer_inputs(timm.create_model("mixer_s32_224", img_size=64), None)
+    assert args[0].shape == (2, 3, 64, 64)
+
+
+def test_inferred_inputs_that_do_not_fit_are_asked_for():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.fc = nn.Linear(4, 2)
+
+        def forward(self, x):
+            assert x.shape[-1] == 32
+            return self.fc(self.conv(x).mean((2, 3)))
+
+    with pytest.raises(ArgumentError, match=r"`example_inputs`: found None; inputs were taken from first layer `conv`"):
+        dynamize(Model())
 
 
 # --- sharing -------------------------------------------------------------------------------------

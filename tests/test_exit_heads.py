@@ -6,6 +6,7 @@ from exiting import Net, Tokens, dynamic, enable, exact_at_birth
 from torch import nn
 
 from dyncompile.errors import ArgumentError, PassError
+from dyncompile.training import LearnedConfidence, MultiExit
 
 
 @pytest.fixture
@@ -158,10 +159,35 @@ def test_regression_of_several_values(device, images):
     _, dyn = dynamic(Net(), images, device, exits=1, task="regression")
     dyn.eval()
     assert dyn.trace(images).confidence["exit0"].shape == (3,)
-    with pytest.raises(
-        PassError, match=r"`task`: found regression of shape \[1, 5, 8, 8\]; expected \[N\] or \[N, D\]"
-    ):
-        dynamic(Net(tail="pixels"), images, device, task="regression")
+
+
+@pytest.mark.parametrize("kind", ["tokens", "pixels"])
+def test_regression_of_tokens_and_pixels_learns_a_confidence_of_the_sample(device, images, text, kind):
+    inputs = (images,) if kind == "pixels" else text
+    net = Net(classes=1, tail="pixels") if kind == "pixels" else Tokens("tokens", classes=1)
+    model, dyn = dynamic(net, inputs, device, exits=1)
+    assert dyn.task == "regression"
+    exact_at_birth(model, dyn, *inputs)
+    dyn.train()
+    trace = dyn.trace(*inputs)
+    assert trace.exits["exit0"].shape == trace.final.shape
+    assert trace.confidence["exit0"].shape == (len(inputs[0]),)
+    objective = MultiExit() + LearnedConfidence()
+    objective(trace, torch.zeros_like(trace.final)).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in dyn.exits.parameters())
+
+
+def test_a_cloned_tail_has_no_confidence_for_a_regression(device, images):
+    with pytest.raises(ArgumentError, match="`head`: found 'clone' for a regression"):
+        dynamic(Net(classes=1), images, device, head="clone")
+
+
+def test_dense_heads_learn_from_features_of_any_size(device, images):
+    """As a residual network's grow with its depth."""
+    _, dyn = dynamic(Net(tail="pixels"), images, device, exits=1)
+    head = dyn.exits["exit0"].head.train()
+    small, large = (head(f * torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0))) for f in (1, 100))
+    torch.testing.assert_close(small, large, rtol=1e-3, atol=1e-3)
 
 
 def test_one_column_is_no_classification(device, images):

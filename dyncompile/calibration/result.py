@@ -219,7 +219,7 @@ class Calibration:
                 f"{row.threshold:.4f}" if used else "" if row.enabled else "off",
                 f"{row.temperature:.2f}" if used else "",
                 "" if row.cost is None else f"{row.cost:.3f}",
-                f"{row.share:.1%}" if row.enabled else "",
+                (f"{row.share:.1%}" if row.share else "nobody") if row.enabled else "",
                 "" if row.accuracy is None else f"{row.accuracy:.2%}",
             )
         return table

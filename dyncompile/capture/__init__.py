@@ -26,7 +26,7 @@ from dyncompile.capture.leaves import (
 from dyncompile.capture.modes import follow_mode
 from dyncompile.capture.recurrent import unstack
 from dyncompile.capture.signature import Signature
-from dyncompile.errors import ArgumentError, CaptureError, DyncompileError
+from dyncompile.errors import ArgumentError, CaptureError, DyncompileError, ExampleInputsError
 from dyncompile.graph import Graph
 
 _log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def _attempt(
         except DyncompileError:
             raise
         except Exception as error:  # whatever the user's own forward raises
-            raise CaptureError(f"the model stops on its example inputs: {_reason(error)}") from error
+            raise ExampleInputsError(f"the model stops on its example inputs: {_reason(error)}") from error
     signature = signature.with_output(outputs[0], prediction)
     expected = expect(root, signature, inputs, dims, training=training)
     with undisturbed(root):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dyncompile.errors import ArgumentError
 
-_CALL = "dynamize(model, strategy, example_inputs=torch.randn(2, 3, 224, 224))"
+CALL = "dynamize(model, strategy, example_inputs=torch.randn(2, 3, 224, 224))"
 
 
 def infer_inputs(model: nn.Module, given: Any) -> tuple[tuple[Any, ...], dict[str, Any], str]:
@@ -35,18 +35,25 @@ def infer_inputs(model: nn.Module, given: Any) -> tuple[tuple[Any, ...], dict[st
         raise ArgumentError(
             "example_inputs",
             found=type(given).__name__,
-            expected=f"a tensor, tuple or dict: {_CALL}",
+            expected=f"a tensor, tuple or dict: {CALL}",
         )
     parameter = next(model.parameters(), torch.zeros(()))
     where: dict[str, Any] = {"device": parameter.device}
     dtype = parameter.dtype if parameter.is_floating_point() else torch.get_default_dtype()
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     if isinstance(config, dict) and config.get("input_size"):
-        size = tuple(getattr(getattr(model, "patch_embed", None), "img_size", None) or config["input_size"][1:])
+        # Layers that embed patches know the size that the model was made for, where it is not the default.
+        sizes = (getattr(layer, "img_size", None) for layer in model.modules())
+        size = next((tuple(s) for s in sizes if isinstance(s, tuple)), tuple(config["input_size"][1:]))
         shape = (2, config["input_size"][0], *size)
         return (torch.randn(shape, dtype=dtype, **where),), {}, f"timm default_cfg {list(shape)}"
+    if getattr(model, "main_input_name", None) == "pixel_values":
+        side = getattr(model.config, "image_size", None) or 224
+        size = tuple(side) if isinstance(side, tuple | list) else (side, side)
+        images = torch.randn(2, getattr(model.config, "num_channels", 3), *size, dtype=dtype, **where)
+        return (), {"pixel_values": images}, f"Hugging Face pixel_values {list(images.shape)}"
     dummy = getattr(model, "dummy_inputs", None)
-    if isinstance(dummy, dict) and dummy:
+    if isinstance(dummy, dict) and dummy and getattr(model, "main_input_name", None) in (None, *dummy):
         kwargs = {k: v.to(parameter.device) for k, v in dummy.items() if isinstance(v, Tensor)}
         if model.__module__.startswith("transformers.") and "input_ids" in kwargs:
             vocabulary = int(getattr(model.config, "vocab_size", 2))
@@ -63,7 +70,7 @@ def infer_inputs(model: nn.Module, given: Any) -> tuple[tuple[Any, ...], dict[st
             )
         if next(layer.parameters(recurse=False), None) is not None and layer is not model:
             break
-    raise ArgumentError("example_inputs", found="None, and the model does not tell", expected=f"a call like {_CALL}")
+    raise ArgumentError("example_inputs", found="None, and the model does not tell", expected=f"a call like {CALL}")
 
 
 def _for_layer(layer: nn.Module, dtype: torch.dtype, where: dict[str, Any]) -> Tensor | None:

@@ -192,7 +192,10 @@ def _static(settings: Settings, images: Images, depth: int, width: int, console:
     )
     with Progress(console=console) as progress:
         train(model, images, schedule, seed=settings.seed, progress=progress, title=name)
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
+    # A run that is killed here must not leave half a file for the next one to take up.
+    draft = path.with_suffix(".part")
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, draft)
+    draft.replace(path)
     return model
 
 

@@ -37,7 +37,8 @@ class LoweredModule(nn.Module):
         plan: What runs, and which decisions are run densely and why.
         backend: "inductor" or "eager".
         snapshot: Whether later changes of the dynamic model's weights and thresholds go unseen until `relower()`.
-        last_run: Rows that ran in the last call, by region.
+        last_run: Rows that ran in the last call, by region; of several threads' calls, in the one that ended last.
+            Results do not mix: each call has its own.
         source: The Python code that runs between the segments.
     """
 
@@ -324,10 +325,12 @@ def lower(
             how much. Default: for "inductor".
         buckets: Fill the rows of a part of a batch up to the next of these sizes, so that a program
             made for one size (a CUDA graph) serves many.
-        options: Options of the backend: `cudagraphs=True` for "inductor" on a GPU.
+        options: Options of the backend: `cudagraphs=True` for "inductor" on a GPU, with which the next call
+            overwrites the results of the one before: clone what is kept.
 
     Returns:
-        A module that is called as the static model is.
+        A module that is called as the static model is, from several threads too. As in eager mode, an output that the
+        static model hands through from its input may be that very tensor.
 
     Raises:
         ArgumentError: No backend of that name, no dynamic model, or a bucket below 1.

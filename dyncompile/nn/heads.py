@@ -110,33 +110,43 @@ class VectorHead(nn.Module):
 
 
 class TokenHead(nn.Module):
-    """A prediction for every token: `[N, L, D]` to `[N, L, K]`."""
+    """A prediction for every token: `[N, L, D]` to `[N, L, K]`; with `learned` the logit of a confidence `[N]` too."""
 
-    def __init__(self, feature: Feature, classes: int) -> None:
+    def __init__(self, feature: Feature, classes: int, *, learned: bool) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(feature.channels)
         self.project = nn.Linear(feature.channels, classes)
+        self.certainty = nn.Linear(feature.channels, 1) if learned else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         """Predict for every token."""
-        return self.project(self.norm(x))  # type: ignore[no-any-return]
+        x = self.norm(x)
+        prediction = self.project(x)
+        return prediction if self.certainty is None else (prediction, self.certainty(x).flatten(1).mean(1))
 
 
 class DenseHead(nn.Module):
-    """A prediction for every pixel: `[N, C, h, w]` to `[N, K, H, W]`, interpolated."""
+    """A prediction for every pixel: `[N, C, h, w]` to `[N, K, H, W]`, interpolated.
 
-    def __init__(self, feature: Feature, classes: int, size: tuple[int, int], *, mixer: nn.Module | None) -> None:
+    With `learned` the logit of a confidence `[N]` too.
+    """
+
+    def __init__(
+        self, feature: Feature, classes: int, size: tuple[int, int], *, mixer: nn.Module | None, learned: bool
+    ) -> None:
         super().__init__()
-        self.mixer = mixer
+        # A mixer ends in a norm. Without any, features of deep residual layers are too large to learn from.
+        self.mixer = nn.BatchNorm2d(feature.channels) if mixer is None else mixer
         self.project = nn.Conv2d(feature.channels, classes, 1)
+        self.certainty = nn.Conv2d(feature.channels, 1, 1) if learned else None
         self.size = size
         self.last = feature.channel_dim != 1
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         """Predict for every pixel."""
-        x = x.movedim(-1, 1) if self.last else x
-        x = self.mixer(x) if self.mixer is not None else x
-        return nn.functional.interpolate(self.project(x), self.size, mode="bilinear", align_corners=False)
+        x = self.mixer(x.movedim(-1, 1) if self.last else x)
+        prediction = nn.functional.interpolate(self.project(x), self.size, mode="bilinear", align_corners=False)
+        return prediction if self.certainty is None else (prediction, self.certainty(x).flatten(1).mean(1))
 
 
 class ConvMixer(nn.Module):
@@ -192,12 +202,10 @@ def build_head(
     if len(output) <= 2:
         classes = output[1] if len(output) == 2 else 1
         return VectorHead(features, classes, mixer=mixer, squeeze=len(output) == 1, learned=learned)
-    if learned:
-        raise ArgumentError("task", found=f"regression of shape {list(output)}", expected="[N] or [N, D]")
     if len(output) == 3 and len(last.shape) == 3 and last.shape[1] == output[1] and last.channel_dim == 2:
-        return TokenHead(last, output[2])
+        return TokenHead(last, output[2], learned=learned)
     if len(output) == 4 and class_dim == 1 and len(last.shape) == 4:
-        return DenseHead(last, output[1], (output[2], output[3]), mixer=mixer)
+        return DenseHead(last, output[1], (output[2], output[3]), mixer=mixer, learned=learned)
     raise ArgumentError(
         "head",
         found=f"features {list(last.shape)} and output {list(output)}",

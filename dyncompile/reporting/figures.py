@@ -105,7 +105,7 @@ def _draw(axes: Any, calibration: Calibration) -> None:
     axes.set_ylabel("accuracy, %" if calibration.accuracy is not None else "100 % − risk")
     axes.grid(visible=True, axis="y")
     axes.tick_params(length=0)
-    axes.legend(loc="lower right", frameon=False, labelcolor=INK)
+    axes.legend(loc="best", frameon=False, labelcolor=INK)
 
 
 def _inline(svg: str) -> str:

@@ -8,6 +8,7 @@ import torch._dynamo.backends.inductor
 from torch import nn
 
 import dyncompile as dc
+from dyncompile.graph import spec
 from dyncompile.lowering import LoweredModule
 
 
@@ -73,6 +74,32 @@ def test_skips(written, device, lowered_runs):
     with torch.no_grad():
         written[1](images(16, device, taken=0.25))
     assert sorted(lowered_runs[-1].values()) == [4, 4, 12, 16]
+
+
+def test_what_is_made_of_weights_alone_crosses_no_segment(device, monkeypatch):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.wide, self.last = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+            self.register_buffer("variance", torch.rand(8) + 0.5)
+
+        def forward(self, x):
+            scale = torch.rsqrt(self.variance + 1e-5)
+            h = self.first(x) * scale
+            h = dc.select(x[:, 0] > 0, h + self.wide(h) * scale, h)
+            return self.last(h * scale)
+
+    torch._dynamo.reset()
+    lowered = []
+    forward = LoweredModule.forward
+    monkeypatch.setattr(LoweredModule, "forward", lambda self, *args: (lowered.append(self), forward(self, *args))[1])
+    model = Scaled().to(device).eval()
+    x = torch.randn(8, 4, device=device)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend="dyncompile")(x), model(x), rtol=1e-4, atol=1e-5)
+    segments = list(lowered[0].plan.segments())
+    assert len(segments) == 3
+    assert all(spec(node).batch_dim == 0 for segment in segments for node in segment.inputs)
 
 
 def test_with_gradients_the_dense_reference_runs(written, device):

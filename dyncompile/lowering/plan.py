@@ -269,7 +269,10 @@ def _batched(node: fx.Node) -> bool:
 
 
 def _shape_only(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that depend on no data: sizes, devices, and tensors made from sizes alone, such as positions."""
+    """Nodes that depend on no data: sizes, devices, and tensors made from sizes and weights alone, such as positions.
+
+    Compiled, what is made of weights is folded into them; as the output of another segment it would be an input.
+    """
     free: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op != "call_function" or is_select(node):
@@ -277,7 +280,7 @@ def _shape_only(graph: fx.Graph) -> set[fx.Node]:
         if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
             continue
         found = node.meta.get("spec")
-        data = [s for s in node.all_input_nodes if s not in free]
+        data = [s for s in node.all_input_nodes if s not in free and s.op != "get_attr"]
         if isinstance(found, Size) or node.target is getattr or not data:
             free.add(node)
     return free

@@ -431,11 +431,8 @@ def test_result_prints_serialises_and_applies():
 def test_refuses_untrained_gates_and_leaves_the_model_as_it_was():
     dyn, data = gated(enabled=False)
     before = settings_of(dyn)
-    with pytest.raises(ArgumentError, match=r"gates of layer_skip that are switched off.*gate0.*target_cost"):
+    with pytest.raises(ArgumentError, match=r"gates of layer_skip \(gate0, .*\) that are switched off.*target_cost"):
         calibrate(dyn, data)
-    both, data = gated(["layer_skip", "early_exit"], enabled=False)
-    with pytest.raises(ArgumentError, match="trained gates"):
-        calibrate(both, data)
     assert_unchanged(dyn, before)
     dyn, data = gated()
     dyn.train()
@@ -449,6 +446,36 @@ def test_refuses_untrained_gates_and_leaves_the_model_as_it_was():
             calibrate(dyn, data, progress=False, **options)
         assert_unchanged(dyn, before)
         assert all(module.training for module in dyn.modules())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_exits_are_calibrated_beside_gates_that_were_never_trained(training):
+    both, data = gated(["layer_skip", "early_exit"], enabled=False)
+    before = settings_of(both)
+    both.train(training)
+    with pytest.warns(UserWarning, match=r"leaves gates of layer_skip \(gate0, .*\) switched off.*target_cost"):
+        result = calibrate(both, data, max_cost=0.6, progress=False)
+    assert result.gates == ()
+    assert any(result.enabled.values())
+    assert_unchanged(both.gates, {k.removeprefix("gates."): v for k, v in before.items() if k.startswith("gates.")})
+    for gate in both.gates.values():
+        gate.enabled.fill_(True)
+    with pytest.raises(ArgumentError, match="found the gates layer_skip: gate0"):
+        result.apply(both)
+    for gate in both.gates.values():
+        gate.enabled.fill_(False)
+    trace = both.eval().trace(data[0])
+    assert result.cost == pytest.approx(float(trace.cost.mean()), abs=0.05)
+
+
+def test_gates_of_a_pass_are_calibrated_beside_those_of_another_that_were_never_trained():
+    both, data = gated(["layer_skip", "neuron_gate"])
+    for name, gate in both.gates.items():
+        gate.enabled.fill_(not name.startswith("neurons"))
+    with pytest.warns(UserWarning, match="leaves gates of neuron_gate"):
+        result = calibrate(both, data, max_cost=0.8, progress=False)
+    assert [setting.name for setting in result.gates] == ["layer_skip"]
+    assert not any(gate.enabled for name, gate in both.gates.items() if name.startswith("neurons"))
 
 
 def test_examples_are_a_fair_sample_whatever_the_batches():

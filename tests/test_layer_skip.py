@@ -8,7 +8,8 @@ from torch import nn
 import dyncompile as dc
 from dyncompile.capture import capture
 from dyncompile.errors import ArgumentError, PassError
-from dyncompile.nn.policies import RecurrentCore
+from dyncompile.nn.heads import Feature
+from dyncompile.nn.policies import FeedForwardPolicy, RecurrentCore, RecurrentPolicy
 from dyncompile.ops import arms_of, decision_of, is_select
 from dyncompile.passes import Refusal, Site
 from dyncompile.passes.layer_skip import LayerSkip
@@ -383,3 +384,14 @@ def test_library_models(name, options, gates, needs, device):
         torch.testing.assert_close(output, leaf(trace.output), rtol=1e-4, atol=1e-5)
         expected = float(trace.cost.double().sum()) * dyn.cost_model().static
         assert counter.get_total_flops() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_gates_of_one_or_two_channels_see_how_large_they_are(channels, device):
+    torch.manual_seed(0)
+    feature = Feature(shape=(1, channels, 4, 4), batch_dim=0, channel_dim=1)
+    x = torch.tensor([0.1, 1.0, 3.0], device=device).view(3, 1, 1, 1).expand(-1, channels, 4, 4)
+    for policy in (FeedForwardPolicy(feature, 16), RecurrentPolicy(feature, RecurrentCore(16))):
+        found = policy.to(device)(x)
+        logits = found[0] if isinstance(found, tuple) else found
+        assert len(set(logits.tolist())) == 3

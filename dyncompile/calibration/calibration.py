@@ -9,7 +9,7 @@ import torch
 
 from dyncompile.calibration.certify import Indices, Setting, Target, choose_among, split
 from dyncompile.calibration.evidence import Evidence, Picture, left_at
-from dyncompile.calibration.knobs import OPEN, check_trained, gate_groups, turned
+from dyncompile.calibration.knobs import OPEN, trained_groups, turned
 from dyncompile.calibration.losses import NAMED, Loss, resolve
 from dyncompile.calibration.result import Calibration, GateSetting
 from dyncompile.calibration.risk import Array
@@ -57,7 +57,8 @@ def calibrate(
     nothing that saves anything, it is an error, and `dyn` is as it was, as on every error.
 
     Args:
-        dyn: A dynamic model with exits, gates or both; gates must have been trained (`finetune(target_cost=)`).
+        dyn: A dynamic model with exits, gates or both. Gates that were never trained (`finetune(target_cost=)`) stay
+            switched off, with a warning.
         data: A DataLoader, a dataset or a pair of arrays; see `dyncompile.data.as_loader`.
             It must be unseen: neither trained on nor used to stop training (`patience`). Samples
             all of whose labels are -100 are left out, with a warning.
@@ -84,7 +85,7 @@ def calibrate(
         The settings, their cost, risk and bound, and the frontier they were taken from.
 
     Raises:
-        ArgumentError: A value is out of range, the model has neither exits nor gates, or its gates were never trained.
+        ArgumentError: A value is out of range, the model has neither exits nor gates that were trained.
         DataError: The data are empty, without any label, hold NaN or do not fit the model.
         CalibrationError: Too few samples for the guarantee (the message says how many are needed),
             or the model gives NaN.
@@ -96,11 +97,10 @@ def calibrate(
     target = Target(max_drop=max_drop, max_cost=max_cost, confidence=confidence, method=method)
     if unit not in {"flops", "time"}:
         raise ArgumentError("unit", found=repr(unit), expected="'flops' or 'time'")
-    groups = gate_groups(dyn) if len(getattr(dyn, "gates", ())) else {}
+    groups = trained_groups(dyn) if len(getattr(dyn, "gates", ())) else {}
     if not groups and not len(getattr(dyn, "exits", ())):
         expected = "dynamize(model, strategy='early_exit'), or another strategy"
         raise ArgumentError("dyn", found="a model without exits and gates", expected=expected)
-    check_trained(dyn, groups)
     recording = record(
         dyn,
         data,
@@ -154,7 +154,8 @@ def _setting(dyn: DynamicModule, run: Run, design: Indices, groups: Mapping[str,
     def cost_of(enabled: tuple[bool, ...]) -> Array:
         names = [name for name, on in zip(run.exits, enabled, strict=True) if on]
         if not groups:
-            costs = dyn.exit_costs(names, unit=unit)
+            with turned(dyn, {}, ()):
+                costs = dyn.exit_costs(names, unit=unit)
             return np.array([costs.get(name, np.nan) for name in (*run.exits, "final")])
         if enabled not in known:
             with turned(dyn, groups, run.knobs):

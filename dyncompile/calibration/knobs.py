@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -39,23 +40,32 @@ def gate_groups(dyn: DynamicModule) -> dict[str, tuple[str, ...]]:
     return {group: tuple(gates) for group, gates in groups.items()}
 
 
-def check_trained(dyn: DynamicModule, groups: Mapping[str, Sequence[str]]) -> None:
-    """See that gates decide by what they have learnt.
+def trained_groups(dyn: DynamicModule) -> dict[str, tuple[str, ...]]:
+    """Of `gate_groups` the gates that decide by what they have learnt; a warning names the others.
 
-    Training switches gates on; those that a calibration switched off keep the knob `OPEN`.
+    Training switches gates on; those that a calibration switched off keep the knob `OPEN`. One that is as it was born
+    is open for every sample and stays so.
 
     Raises:
-        ArgumentError: Some are as they were born.
+        ArgumentError: None is trained, and the model has no exits.
     """
-    for group, names in groups.items():
-        gates = _gates(dyn, names)
-        born = [n for n, g in zip(names, gates, strict=True) if not bool(g.enabled) and float(g.bias) == 0]
-        if born:
-            raise ArgumentError(
-                "dyn",
-                found=f"gates of {group} that are switched off, as before any training ({', '.join(born)})",
-                expected="trained gates: dc.finetune(dyn, ..., target_cost=0.6) trains them and switches them on",
-            )
+    groups = gate_groups(dyn)
+    born = {n for names in groups.values() for n, g in zip(names, _gates(dyn, names), strict=True) if _is_born(g)}
+    kept = {group: tuple(n for n in names if n not in born) for group, names in groups.items()}
+    kept = {group: names for group, names in kept.items() if names}
+    if born:
+        there = ((group, ", ".join(n for n in names if n in born)) for group, names in groups.items())
+        untrained = " and ".join(f"gates of {group} ({names})" for group, names in there if names)
+        advice = "dc.finetune(dyn, ..., target_cost=0.6) trains them and switches them on"
+        if not kept and not len(dyn.exits):
+            found = f"{untrained} that are switched off, as before any training"
+            raise ArgumentError("dyn", found=found, expected=f"trained gates: {advice}")
+        warnings.warn(f"calibration leaves {untrained} switched off, as before any training: {advice}", stacklevel=3)
+    return kept
+
+
+def _is_born(gate: Gate) -> bool:
+    return not bool(gate.enabled) and float(gate.bias) == 0
 
 
 def turn(dyn: DynamicModule, groups: Mapping[str, Sequence[str]], knobs: Knobs) -> None:

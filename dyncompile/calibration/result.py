@@ -161,7 +161,8 @@ class Calibration:
         """Set the buffers of a dynamic model's exits and gates, all or none.
 
         Args:
-            dyn: A dynamic model with exits and gates of these names.
+            dyn: A dynamic model with exits and gates of these names. Gates that the calibration left out, since they
+                were not trained, must be switched off.
 
         Raises:
             ArgumentError: Its exits or gates have other names, a threshold is outside [0, 1], a
@@ -174,7 +175,11 @@ class Calibration:
         if set(exits) != set(names):
             found = f"the exits {', '.join(exits) or 'none'}"
             raise ArgumentError("dyn", found=found, expected=", ".join(names) or "no exits")
-        groups, own = gate_groups(dyn), {setting.name: setting.gates for setting in self.gates}
+        own = {setting.name: setting.gates for setting in self.gates}
+        named = {name for names in own.values() for name in names}
+        counted = {name for name, gate in dyn.gates.items() if name in named or bool(gate.enabled)}
+        groups = {group: tuple(n for n in names if n in counted) for group, names in gate_groups(dyn).items()}
+        groups = {group: names for group, names in groups.items() if names}
         if groups != own:
             raise ArgumentError("dyn", found=f"the gates {_listed(groups)}", expected=_listed(own))
         for setting in self.exits:

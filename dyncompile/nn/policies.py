@@ -20,7 +20,7 @@ class FeedForwardPolicy(nn.Module):
     def __init__(self, feature: Feature, hidden: int, outputs: int = 0) -> None:
         super().__init__()
         self.pool = Pool(feature)
-        self.norm = nn.LayerNorm(feature.channels)
+        self.norm = _norm(feature.channels)
         self.inner = nn.Linear(feature.channels, hidden)
         self.outer = last_layer(hidden, outputs)
         self.squeeze = outputs == 0
@@ -60,7 +60,7 @@ class RecurrentPolicy(nn.Module):
     def __init__(self, feature: Feature, core: RecurrentCore) -> None:
         super().__init__()
         self.pool = Pool(feature)
-        self.norm = nn.LayerNorm(feature.channels)
+        self.norm = _norm(feature.channels)
         self.project = nn.Linear(feature.channels, core.cell.input_size)
         self.core = core
         self.masked = feature.masked
@@ -120,6 +120,11 @@ class ConvolutionalPolicy(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits for an input of the shape that the feature tells."""
         return self.outer(self.layers(x.movedim(self.dims, (0, 1))).flatten(2).mean(-1))  # type: ignore[no-any-return]
+
+
+def _norm(channels: int) -> nn.Module:
+    """Over the channels of a row where that leaves something to see: one would be 0, of two only their order stays."""
+    return nn.LayerNorm(channels) if channels > 2 else nn.Identity()
 
 
 def last_layer(width: int, outputs: int = 0) -> nn.Linear:

@@ -250,8 +250,8 @@ def difference(one: Answers, other: Answers, margins: dict[str, Tensor]) -> Diff
         ties += int((distance <= ROUNDING).sum())
         wrong += int((distance > ROUNDING).sum())
         nearest = max(nearest, float(distance.max())) if len(distance) else nearest
-    distances = (one.output - other.output).abs() / other.output.abs().max()
-    return Difference(ties=ties, wrong=wrong, nearest=nearest, off=float(distances[undecided].max()))
+    distances = ((one.output - other.output).abs() / other.output.abs().max())[undecided]
+    return Difference(ties=ties, wrong=wrong, nearest=nearest, off=float(distances.max()) if distances.numel() else 0.0)
 
 
 @torch.no_grad()

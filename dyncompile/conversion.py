@@ -107,6 +107,8 @@ def begin(
         raise ArgumentError("model", found=type(model).__name__, expected="a torch.nn.Module")
     if isinstance(model, DynamicModule):
         raise ArgumentError("model", found="a dynamic model", expected="a static one")
+    if isinstance(getattr(model, "dynamic", None), DynamicModule):
+        raise ArgumentError("model", found="a lowered model", expected="the model it was lowered from, its `dynamic`")
     if task not in (None, "classification", "regression"):
         raise ArgumentError("task", found=repr(task), expected="'classification' or 'regression'")
     args, kwargs, origin = infer_inputs(model, example_inputs)

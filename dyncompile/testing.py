@@ -66,6 +66,9 @@ def forced(model: DynamicModule | LoweredModule, shares: Shares, *, seed: int = 
     draw = _Draw(wanted, kinds, [n for n in dyn.exits if n in wanted], seed)
     if isinstance(model, LoweredModule):
         for name in wanted:
+            if name in model._disabled:
+                found = f"{name!r}, which was switched off when the model was lowered"
+                raise ArgumentError("shares", found=found, expected="exits and gates that are enabled")
             if name in model.plan.dense:
                 why = f"{name!r}, which runs densely: {model.plan.dense[name]}"
                 raise ArgumentError("shares", found=why, expected="lower(dyn, decline=False)")

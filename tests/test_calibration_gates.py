@@ -265,6 +265,14 @@ def test_groups_are_the_gates_of_one_pass():
     assert gate_groups(dc.dynamize(Network(), "early_exit", example_inputs=torch.zeros(2, 8))) == {}
 
 
+def test_norms_of_narrow_arms_are_no_gates_of_their_own():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 3))
+    dyn = dc.dynamize(model, "channel_gate", example_inputs=torch.zeros(2, 8))
+    assert any(node.target.startswith("gates.width0.") for node in dyn.graph.fx.nodes if node.op == "call_module")
+    assert gate_groups(dyn) == {"channel_gate": ("width0",)}
+
+
 @pytest.mark.parametrize(
     ("strategy", "most"), [("layer_skip", 12), ("block_policy", 12), (["layer_skip", "neuron_gate"], 25)]
 )

@@ -41,6 +41,16 @@ def test_lowered_takes_the_same_decisions(dyn, device):
     assert fast.last_run["large=1"] == 15
 
 
+def test_what_was_switched_off_when_lowered_is_refused(dyn, device):
+    dyn.gates["rows"].enabled.fill_(False)
+    fast = dc.lower(dyn, backend="eager")
+    with pytest.raises(ArgumentError, match="found 'rows', which was switched off when the model was lowered"):
+        forced(fast, {"rows": 0.5}).__enter__()
+    with forced(fast, {"large": [0.0, 1.0]}):
+        fast(X.to(device))
+    assert fast.last_run["large=1"] == 20
+
+
 def test_in_training_arms_are_weights(dyn, device):
     dyn.train()
     arms = torch.arange(20, device=device) % 2

@@ -621,11 +621,6 @@ def test_decisions_that_depend_on_the_state_are_not_forced(device):
         forced(dyn, {"frames0": 0.5}).__enter__()
 
 
-# --- with other passes -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("reads", ["input", "state"])
-@pytest.mark.parametrize("first", ["frame_skip", "early_exit"])
 class Rate(nn.Module):
     """Logits at which every step of a sample is kept with the probability that the sample asks for."""
 
@@ -648,6 +643,11 @@ def test_evaluation_keeps_as_many_steps_as_training_on_average(device):
     assert gate(rates)[0].all()
 
 
+# --- with other passes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reads", ["input", "state"])
+@pytest.mark.parametrize("first", ["frame_skip", "early_exit"])
 def test_with_early_exit(first, reads, device):
     model = Reader(num_layers=3, batch_first=True, reads=("last",)).to(device).eval()
     passes = [FrameSkip(reads=reads, hidden=4), dc.passes.early_exit.EarlyExit(exits=1)]

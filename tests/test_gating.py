@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import dyncompile as dc
 from dyncompile.errors import ArgumentError
 from dyncompile.module import Trace
+from dyncompile.nn.gates import SPREAD, Standardise
 from dyncompile.training import ActivationRate, BatchShaping, ExpectedCost, MinimumUsage, MultiExit, PolicyGradient
 from dyncompile.training.gating import activation_rates, arm_shares, gate_probabilities
 from dyncompile.training.policy import log_probability
@@ -455,3 +456,17 @@ def test_expected_cost_counts_what_it_is_told(model):
     found = ExpectedCost(costs=seconds)(trace, y).item()
     assert found == pytest.approx(seconds.expected(trace.decisions).mean().item(), rel=1e-5)
     assert (MultiExit() + ExpectedCost(costs=seconds))(trace, y).isfinite()
+
+
+def test_gates_that_have_seen_few_batches_standardise_in_evaluation(device):
+    torch.manual_seed(0)
+    standardise = Standardise(()).to(device)
+    batches = 5.0 + 0.01 * torch.randn(3, 64, device=device)
+    for logits in batches:
+        standardise(logits)
+    standardise.eval()
+    torch.testing.assert_close(standardise.mean, batches.mean())
+    assert float(standardise(batches).std()) == pytest.approx(SPREAD, rel=0.1)
+    for _ in range(200):
+        standardise.train()(0.01 * torch.randn(64, device=device))
+    assert abs(float(standardise.mean)) < 0.01  # what was seen long ago is forgotten

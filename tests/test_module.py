@@ -1,6 +1,7 @@
 """The dynamic model is an nn.Module in every respect, and the user's model is sacred."""
 
 import copy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,12 @@ def test_deepcopy_is_independent(dyn: dc.DynamicModule, device: torch.device) ->
     assert torch.equal(dyn(x), before)
     assert not bool(dyn.exits["exit0"].enabled)
     assert twin.static().fc.weight.abs().sum() == 0
+
+
+def test_deepcopy_warns_of_nothing(dyn: dc.DynamicModule) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        copy.deepcopy(dyn)
 
 
 def test_deepcopy_after_a_trace(device: torch.device) -> None:

@@ -320,3 +320,5 @@ def test_further_passes_that_are_refused(converted):
         dc.dynamize(dyn, "early_exit")
     with pytest.raises(ArgumentError, match="found one cast to float64; expected float32, as converted"):
         dc.dynamize(copy.deepcopy(dyn).double(), "layer_skip")
+    with pytest.raises(ArgumentError, match="found a lowered model; expected the model it was lowered from"):
+        dc.dynamize(dc.lower(copy.deepcopy(dyn).eval(), "eager"), "layer_skip")

@@ -34,7 +34,9 @@ def gate_groups(dyn: DynamicModule) -> dict[str, tuple[str, ...]]:
     groups: dict[str, list[str]] = {}
     for node in dyn.graph.fx.nodes:
         owner, _, name = str(node.target).partition(".")
-        if node.op == "call_module" and owner == "gates" and isinstance(dyn.gates[name], Gate):
+        # What a gate holds beside its policy, such as the norms of a narrow arm, is called by itself too.
+        called = node.op == "call_module" and owner == "gates" and name in dyn.gates
+        if called and isinstance(dyn.gates[name], Gate):
             gates = groups.setdefault(str(node.meta["inserted"]), [])
             gates.extend([name] * (name not in gates))
     return {group: tuple(gates) for group, gates in groups.items()}

@@ -54,6 +54,10 @@ class Signature:
             names=names,
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Signature":
+        """Itself, since nothing in it changes; a copy of a `TreeSpec` warns of a class that torch retires."""
+        return self
+
     @property
     def single(self) -> bool:
         """One argument that is a tensor: the call needs no flattening."""

@@ -22,7 +22,8 @@ decisions as evaluation takes."""
 class Standardise(nn.Module):
     """Logits with mean 0 and standard deviation `SPREAD` over the rows of a batch; in evaluation by running statistics.
 
-    Without it a gate drifts to one side, is open or closed for every sample, and learns nothing more.
+    Without it a gate drifts to one side, is open or closed for every sample, and learns nothing more. Running
+    statistics are means over the first batches, then moving ones.
 
     Args:
         shape: The columns that are standardised each by itself: `()` or `(D,)`.
@@ -30,12 +31,14 @@ class Standardise(nn.Module):
 
     mean: Tensor
     variance: Tensor
+    batches: Tensor
 
     def __init__(self, shape: tuple[int, ...], *, momentum: float = 0.1, eps: float = 1e-5) -> None:
         super().__init__()
         self.shape, self.momentum, self.eps = shape, momentum, eps
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("variance", torch.ones(shape))
+        self.register_buffer("batches", torch.tensor(0))
 
     def forward(self, logits: Tensor) -> Tensor:
         """From logits `[..., *shape]` to float32 of the same shape."""
@@ -45,8 +48,12 @@ class Standardise(nn.Module):
         if self.training and rows.shape[0] > 1:
             mean, variance = rows.mean(0), rows.var(0, unbiased=False)
             with torch.no_grad():
-                self.mean.lerp_(mean.to(self.mean.dtype), self.momentum)
-                self.variance.lerp_(variance.to(self.variance.dtype), self.momentum)
+                self.batches.add_(1)
+                # Logits start far smaller than 1: were the first value not replaced at once, a gate that has seen few
+                # batches would decide alike for all in evaluation.
+                weight = self.batches.reciprocal().clamp(min=self.momentum).to(self.mean.dtype)
+                self.mean.lerp_(mean.to(self.mean.dtype), weight)
+                self.variance.lerp_(variance.to(self.variance.dtype), weight)
         return SPREAD * (logits - mean) * torch.rsqrt(variance + self.eps)
 
 

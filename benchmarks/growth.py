@@ -97,8 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report.tables.append(left)
     for count in exits:
         blocks = 8 if options.quick else BLOCKS
-        paths = [str(round((i + 1) * blocks / (count + 1))) for i in range(count)]
-        left.rows.append([count, *measured(blocks, "early_exit", {"exits": paths})])
+        left.rows.append([count, *measured(blocks, "early_exit", {"exits": places(blocks, count)})])
         report.write(options.out)
     if compiled:
         table = Table(
@@ -119,6 +118,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 _COLUMNS = ["conditionals", "convert, s", "lower, s", "call, us", "operations alone, us", "overhead, us a conditional"]
 _NOTE = "A call: batch 1, eager, every conditional passed."
+
+
+def places(blocks: int, count: int) -> list[str]:
+    """Blocks after which exits are, evenly spread; behind the last two an exit saves less than it costs."""
+    return [str(round((i + 1) * (blocks - 2) / (count + 1))) for i in range(count)]
 
 
 def _targets(table: Table, what: str) -> list[Target]:

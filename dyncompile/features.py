@@ -32,7 +32,7 @@ def feature(graph: Graph, node: Node, *, mask: Node | None, pool: str) -> Featur
         channel_dim=channel_dim,
         pool=pooling(graph, node) if pool == "auto" else pool,
         masked=mask is not None,
-        padding=mask is not None and "pad" in mask.name,
+        padding=mask is not None and is_padding(mask),
     )
 
 
@@ -51,6 +51,11 @@ def token_mask(graph: Graph, node: Node) -> Node | None:
         if named and is_tensor(source) and spec(source).batch_dim == 0 and spec(source).shape == tokens:
             return None if spec(source).dtype.is_floating_point else source
     return None
+
+
+def is_padding(mask: Node) -> bool:
+    """Whether a mask marks what to leave out, by its name."""
+    return "pad" in mask.name
 
 
 def pooling(graph: Graph, node: Node) -> str:

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import fx, nn
 
 from dyncompile.errors import ArgumentError
-from dyncompile.features import POOLS, feature, token_mask
+from dyncompile.features import POOLS, feature, is_padding, token_mask
 from dyncompile.graph import Graph, Spec, spec
 from dyncompile.leaving import leave
 from dyncompile.nn import Criterion, Exit, Feature, build_head, certainty
@@ -156,16 +156,22 @@ class EarlyExit(Pass):
         inputs = self._inputs(graph, [*cuts, node])
         earlier = exits if reads_earlier(certainty(self.criterion)) else []
         target = spec(graph.final)
+        # The head of a token output needs no mask, but how sure it is of padding must not count.
+        mask = token_mask(graph, node) if len(target.shape) == 3 else None
         module = Exit(
             self._head(graph, [*cuts, node]),
             criterion=self.criterion,
             reduction=self.reduction,
             class_dim=class_dim(target),
             features=len(inputs),
+            masked=mask is not None,
+            padding=mask is not None and is_padding(mask),
             learned=graph.task == "regression",
         )
         taps = ("exit", "confidence", "decision")
-        prediction, _, decision = graph.insert(f"exits.{site.name}", module, [*inputs, *earlier], taps, cut=site.node)
+        prediction, _, decision = graph.insert(
+            f"exits.{site.name}", module, [*inputs, *([mask] if mask else []), *earlier], taps, cut=site.node
+        )
         leave(graph, decision, prediction)
 
     def _inputs(self, graph: Graph, sources: list[fx.Node]) -> list[fx.Node]:

@@ -5,7 +5,10 @@ import torch
 from exiting import Net, Tokens, dynamic, enable, exact_at_birth
 from torch import nn
 
+from dyncompile.calibration.scores import _score
+from dyncompile.calibration.temperature import TEMPERATURES
 from dyncompile.errors import ArgumentError, PassError
+from dyncompile.nn.criteria import REDUCTIONS
 from dyncompile.training import LearnedConfidence, MultiExit
 
 
@@ -140,8 +143,28 @@ def test_tokens(device, text):
     dyn.eval()
     trace = dyn.trace(*text)
     assert trace.exits["exit0"].shape == (2, 6, 4)
-    expected = trace.exits["exit0"].softmax(2).amax(2).mean(1)
-    torch.testing.assert_close(trace.confidence["exit0"], expected)
+    sure = trace.exits["exit0"].softmax(2).amax(2)
+    torch.testing.assert_close(trace.confidence["exit0"], torch.stack([sure[0].mean(), sure[1, :3].mean()]))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "min", "quantile10"])
+@pytest.mark.parametrize("criterion", ["max_softmax", "patience"])
+def test_how_sure_an_exit_is_of_padding_does_not_count(device, text, reduction, criterion):
+    ids, mask = text
+    _, dyn = dynamic(Tokens("tokens"), text, device, exits=2, reduction=reduction, criterion=criterion)
+    dyn.eval()
+    alone = dyn.trace(ids, mask).confidence
+    changed = dyn.trace(torch.where(mask == 0, (ids + 7) % 20, ids), mask)
+    short = REDUCTIONS[reduction]
+    for name in dyn.exits:
+        torch.testing.assert_close(changed.confidence[name], alone[name], rtol=0, atol=1e-6)
+        if criterion == "max_softmax":
+            sure = changed.exits[name][1:, :3].softmax(2).amax(2)
+            torch.testing.assert_close(changed.confidence[name][1:], short(sure), rtol=0, atol=1e-6)
+    targets = torch.randint(0, 4, ids.shape, device=device)
+    scores = _score(dyn, (ids, mask), targets, lambda p, *_: torch.zeros(len(p), device=device), None)[0]
+    at = list(TEMPERATURES).index(1.0)
+    torch.testing.assert_close(scores["confidence"][:, 1, at], alone["exit1"].cpu())
 
 
 @pytest.mark.parametrize("tail", ["number", "logits"])

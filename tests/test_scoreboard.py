@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 import dyncompile as dc  # noqa: E402
 from benchmarks import pictures, render  # noqa: E402
 from benchmarks.contestants.static import Static  # noqa: E402
-from benchmarks.growth import exponent, operations, pass_all, stack  # noqa: E402
+from benchmarks.growth import BLOCKS, EXITS, exponent, operations, pass_all, places, stack  # noqa: E402
 from benchmarks.harness import Report, Table, stream  # noqa: E402
 from benchmarks.parts import PARTS  # noqa: E402
 from benchmarks.scores import Score, Scoreboard  # noqa: E402
@@ -202,6 +202,14 @@ def test_streams_take_turns_and_keep_inputs_apart():
 
 def test_exponent_is_that_of_the_largest():
     assert exponent([(1, 9), (10, 1), (100, 100)]) == pytest.approx(2)
+
+
+@pytest.mark.parametrize("count", EXITS)
+def test_exits_are_spread_over_the_depth(count):
+    found = [int(place) for place in places(BLOCKS, count)]
+    assert len(set(found)) == count
+    assert found == sorted(found)
+    assert max(found) <= BLOCKS - 2
 
 
 @torch.no_grad()

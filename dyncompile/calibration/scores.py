@@ -1,5 +1,6 @@
 """One pass of the data through a dynamic model: what every exit would do with every sample at every knob setting."""
 
+import functools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -251,7 +252,8 @@ def _score(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Scores of one batch, on the CPU, and the static model's prediction, which is that of the first setting."""
     exits = {name: module for name, module in dyn.exits.items() if isinstance(module, Exit)}
-    trace = call(dyn.trace, inputs)
+    with _given(exits) as given:
+        trace = call(dyn.trace, inputs)
     predictions = {**{name: trace.exits[name] for name in exits}, "final": trace.final}
     for name, prediction in predictions.items():
         if not bool(prediction.isfinite().all()):
@@ -265,7 +267,7 @@ def _score(
         columns = {"correct": torch.stack(right, 1)}
         if exits:
             columns["nll"] = torch.stack([_likelihoods(p, targets) for p in logits[:-1]], 1)
-            columns["confidence"] = _confidences(exits, trace)
+            columns["confidence"] = _confidences(exits, trace, given)
         if targets.ndim == 1:
             columns["labels"] = targets
             columns["predicted"] = torch.stack([p.argmax(1) for p in logits], 1)
@@ -298,17 +300,33 @@ def _likelihoods(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.stack([negative_log_likelihood(logits, targets, t) for t in TEMPERATURES], 1)
 
 
-def _confidences(exits: Mapping[str, Exit], trace: Trace) -> Tensor:
+@contextmanager
+def _given(exits: Mapping[str, Exit]) -> Iterator[dict[str, Sequence[Tensor]]]:
+    """What each exit is called with while the context is open."""
+    given: dict[str, Sequence[Tensor]] = {}
+
+    def note(name: str, _: Exit, inputs: Sequence[Tensor]) -> None:
+        given[name] = inputs
+
+    handles = [exit_.register_forward_pre_hook(functools.partial(note, name)) for name, exit_ in exits.items()]
+    try:
+        yield given
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _confidences(exits: Mapping[str, Exit], trace: Trace, given: Mapping[str, Sequence[Tensor]]) -> Tensor:
     """Confidence at every temperature, by the exits' own method, `[N, E, T]`."""
     columns: list[Tensor] = []
-    for index, (name, module) in enumerate(exits.items()):
-        earlier = [trace.exits[other] for other in list(exits)[:index]]
+    for name, module in exits.items():
+        earlier, mask = module.beside(given[name])
         before = module.temperature.clone()
         try:
             column = []
             for temperature in TEMPERATURES:
                 module.temperature.fill_(temperature)
-                column.append(module.confidence_of(trace.exits[name], earlier).float())
+                column.append(module.confidence_of(trace.exits[name], earlier, mask).float())
         finally:
             module.temperature.copy_(before)
         columns.append(torch.stack(column, 1))

@@ -68,6 +68,32 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quantile10": lambda c: c.quantile(0.1, dim=1),
 }
 
+_OF_KEPT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mean": lambda c, keep: torch.where(keep, c, 0).sum(1) / keep.sum(1).clamp(min=1),
+    "min": lambda c, keep: torch.where(keep, c, math.inf).amin(1).clamp(max=1),
+    "quantile10": lambda c, keep: _quantile(torch.where(keep, c, math.inf).sort(1).values, 0.1, keep.sum(1)).clamp(
+        max=1
+    ),
+}
+
+
+def _quantile(ordered: Tensor, q: float, count: Tensor) -> Tensor:
+    """The quantile of the first `count` `[N]` of each row, interpolated as torch does."""
+    place = (q * (count - 1)).clamp(min=0)
+    low, high = (ordered.gather(1, end.long().unsqueeze(1)).squeeze(1) for end in (place.floor(), place.ceil()))
+    return low + (place - place.floor()).to(low.dtype) * (high - low)
+
+
+def reduce(confidence: Tensor, reduction: str, keep: Tensor | None) -> Tensor:
+    """One confidence a sample, `[N]`, from those of its pixels or tokens.
+
+    Args:
+        confidence: `[N, L]`.
+        reduction: A name of `REDUCTIONS`.
+        keep: `[N, L]` bool, the tokens that count; None for all.
+    """
+    return REDUCTIONS[reduction](confidence) if keep is None else _OF_KEPT[reduction](confidence, keep)
+
 
 def certainty(name: str | Criterion) -> Criterion:
     """The criterion of a name, or the callable itself.

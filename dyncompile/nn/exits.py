@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dyncompile.errors import ArgumentError
-from dyncompile.nn.criteria import REDUCTIONS, Criterion, certainty, classes_first
+from dyncompile.nn.criteria import REDUCTIONS, Criterion, certainty, classes_first, reduce
 
 _SHARPNESS = 20.0
 
@@ -26,7 +26,9 @@ class Exit(nn.Module):
             learns it.
         reduction: How the confidences of one sample's pixels or tokens become one.
         class_dim: Dim of the prediction that holds the classes.
-        features: How many leading inputs are features; the rest are earlier exits' predictions.
+        features: How many leading inputs are for the head; earlier exits' predictions follow.
+        masked: A mask `[N, L]` of the tokens that count stands between them: the confidences of others are left out.
+        padding: The mask marks padding instead of tokens to keep.
         learned: The head returns its own confidence (regression).
     """
 
@@ -42,6 +44,8 @@ class Exit(nn.Module):
         reduction: str = "mean",
         class_dim: int = 1,
         features: int = 1,
+        masked: bool = False,
+        padding: bool = False,
         learned: bool = False,
     ) -> None:
         super().__init__()
@@ -52,6 +56,8 @@ class Exit(nn.Module):
         self.reduction = reduction
         self.class_dim = class_dim
         self.features = features
+        self.masked = masked
+        self.padding = padding
         self.learned = learned
         self.register_buffer("threshold", torch.tensor(0.9))
         self.register_buffer("temperature", torch.tensor(1.0))
@@ -71,19 +77,22 @@ class Exit(nn.Module):
         """Predict and decide.
 
         Args:
-            inputs: `features` tensors that the head reads, then the earlier exits' predictions.
+            inputs: `features` tensors that the head reads, the mask if there is one, then the earlier exits'
+                predictions.
 
         Returns:
             prediction (the model's output shape), confidence `[N]` in [0, 1], decision `[N]`: bool
             in evaluation, zeros of the prediction's dtype in training.
         """
         output: Any = self.head(*inputs[: self.features])
+        earlier, mask = self.beside(inputs)
         if self.learned:
             prediction, logit = output
+            logit = logit if logit.dim() == 1 else reduce(logit, "mean", self._kept(mask))
             confidence = torch.sigmoid(logit.float() / self.temperature)
         else:
             prediction = output
-            confidence = self.confidence_of(prediction, inputs[self.features :])
+            confidence = self.confidence_of(prediction, earlier, mask)
         if self.training:
             return (
                 prediction,
@@ -92,12 +101,18 @@ class Exit(nn.Module):
             )
         return prediction, confidence, self.enabled & (confidence >= self.threshold)
 
-    def confidence_of(self, prediction: Tensor, earlier: Sequence[Tensor] = ()) -> Tensor:
+    def beside(self, inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor | None]:
+        """Of the inputs what the head does not read: earlier exits' predictions, and the mask if there is one."""
+        rest = inputs[self.features :]
+        return (rest[1:], rest[0]) if self.masked else (rest, None)
+
+    def confidence_of(self, prediction: Tensor, earlier: Sequence[Tensor] = (), mask: Tensor | None = None) -> Tensor:
         """Confidence of predictions after temperature scaling.
 
         Args:
             prediction: `[N, K]`, `[N, L, K]` or `[N, K, H, W]` logits.
             earlier: Predictions of the exits before this one, same shape.
+            mask: `[N, L]`, of an exit that is masked.
 
         Returns:
             `[N]` in [0, 1].
@@ -106,8 +121,12 @@ class Exit(nn.Module):
         past = [classes_first(p, self.class_dim) for p in earlier]
         confidence = self.criterion(logits, past)
         if confidence.dim() > 1:
-            confidence = REDUCTIONS[self.reduction](confidence.flatten(1))
+            confidence = reduce(confidence.flatten(1), self.reduction, self._kept(mask))
         return confidence
+
+    def _kept(self, mask: Tensor | None) -> Tensor | None:
+        """The tokens that count, as bool."""
+        return None if mask is None else (mask == 0) if self.padding else (mask != 0)
 
     def firing(self, confidence: Tensor) -> Tensor:
         """A differentiable stand-in for the decision: how nearly, in (0, 1), the confidence passes the threshold."""

@@ -110,7 +110,10 @@ class VectorHead(nn.Module):
 
 
 class TokenHead(nn.Module):
-    """A prediction for every token: `[N, L, D]` to `[N, L, K]`; with `learned` the logit of a confidence `[N]` too."""
+    """A prediction for every token: `[N, L, D]` to `[N, L, K]`.
+
+    With `learned` the logits of confidences `[N, L]` too.
+    """
 
     def __init__(self, feature: Feature, classes: int, *, learned: bool) -> None:
         super().__init__()
@@ -122,7 +125,7 @@ class TokenHead(nn.Module):
         """Predict for every token."""
         x = self.norm(x)
         prediction = self.project(x)
-        return prediction if self.certainty is None else (prediction, self.certainty(x).flatten(1).mean(1))
+        return prediction if self.certainty is None else (prediction, self.certainty(x).squeeze(2))
 
 
 class DenseHead(nn.Module):

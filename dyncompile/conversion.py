@@ -12,10 +12,10 @@ from torch import nn
 from dyncompile.capture import capture
 from dyncompile.capture.examples import CALL, infer_inputs
 from dyncompile.errors import ArgumentError, ExampleInputsError
+from dyncompile.features import class_dim
 from dyncompile.graph import Graph, spec
 from dyncompile.module import DynamicModule
 from dyncompile.passes import Pass, Refusal, Site, resolve
-from dyncompile.passes.early_exit import class_dim
 from dyncompile.recipe import Recipe, Step, class_name, encode_option, floating_dtype, state_shapes
 
 

@@ -4,7 +4,7 @@ import torch
 from torch.fx import Node
 
 from dyncompile.errors import ArgumentError
-from dyncompile.graph import Graph, is_tensor, spec
+from dyncompile.graph import Graph, Spec, is_tensor, spec
 from dyncompile.nn.heads import Feature
 
 POOLS = ("auto", "mean", "cls", "last")
@@ -75,3 +75,8 @@ def pooling(graph: Graph, node: Node) -> str:
             if dim == steps:
                 return "cls" if index == 0 else "last"
     return "mean"
+
+
+def class_dim(target: Spec) -> int:
+    """Dim of the classes in a prediction: 1 for `[N, K]` and `[N, K, H, W]`, the last for `[N, L, K]`."""
+    return 2 if len(target.shape) == 3 else 1

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import fx, nn
 
 from dyncompile.errors import ArgumentError
-from dyncompile.features import POOLS, feature, is_padding, token_mask
+from dyncompile.features import POOLS, class_dim, feature, is_padding, token_mask
 from dyncompile.graph import Graph, Spec, spec
 from dyncompile.leaving import leave
 from dyncompile.nn import Criterion, Exit, Feature, build_head, certainty
@@ -195,11 +195,6 @@ class EarlyExit(Pass):
 
     def _feature(self, graph: Graph, node: fx.Node) -> Feature:
         return feature(graph, node, mask=_mask(graph, node), pool=self.pool)
-
-
-def class_dim(target: Spec) -> int:
-    """Dim of the classes in a prediction: 1 for `[N, K]` and `[N, K, H, W]`, the last for `[N, L, K]`."""
-    return 2 if len(target.shape) == 3 else 1
 
 
 def _within(node: fx.Node, path: str) -> bool:

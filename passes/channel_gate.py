@@ -72,6 +72,7 @@ class ChannelGate(Pass):
     name: ClassVar[str] = "channel_gate"
     summary: ClassVar[str] = "a gate on the channels between layers; a sample runs the width that it needs"
     paper: ClassVar[str] = "2103.13258"
+    seeks: ClassVar[str] = "channels between layers that make and read them, and nothing else does"
 
     granularity: str = "levels"
     keep: float | None = None

@@ -12,7 +12,8 @@ from dyncompile.channels import ChannelGroup, channel_groups
 from dyncompile.errors import ArgumentError, PassError
 from dyncompile.features import feature, token_mask
 from dyncompile.graph import Graph, spec
-from dyncompile.narrowing import Arm, Body, Region, flops_of, obstacle, region, saved_flops, unmasked
+from dyncompile.narrowable import Region, flops_of, obstacle, region, saved_flops, unmasked
+from dyncompile.narrowing import Arm, Body
 from dyncompile.nn import FeedForwardPolicy, Gate, build_estimator
 from dyncompile.nn.channelwise import ChannelMask, GatedChannels
 from dyncompile.nn.neurons import TopKGate

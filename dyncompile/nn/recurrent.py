@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from dyncompile.capture.recurrent import RecurrentLayer
 from dyncompile.nn.estimators import Estimator
 from dyncompile.nn.gates import Gate
-from dyncompile.nn.ragged import Ragged
+from dyncompile.nn.ragged import compacted
 
 State = tuple[Tensor, ...]
 """`h`, and `c` of an LSTM, each `[N, ...]`."""
@@ -174,7 +174,7 @@ class CompactedLayer(nn.Module):
         d = decision.view(-1, x.shape[1 if layer.batch_first else 0])
         outputs, finals = [], []
         for i, own in enumerate(layer.directions(weights)):
-            ragged = Ragged(d, batch_first=layer.batch_first, reverse=i == 1)
+            ragged = compacted(d, batch_first=layer.batch_first, reverse=i == 1)
             start = tuple(s[i] for s in given)
             out, final = ragged.run(layer.form, x, start, own, exact=layer.cell_read)
             outputs.append(out)

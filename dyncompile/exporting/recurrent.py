@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dyncompile.capture.cells import State, mixed
 from dyncompile.errors import ExportError
 from dyncompile.nn.gates import Gate
-from dyncompile.nn.recurrent import SkippingLayer, State, StepGate, mixed
+from dyncompile.nn.recurrent import SkippingLayer, StepGate
 
 _ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2)}
 """torch's gates, in the order of ONNX."""

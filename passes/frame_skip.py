@@ -35,6 +35,11 @@ class FrameSkip(Pass):
     A skipped step copies the state; the output at that step is the last one computed, the initial `h` before any. The
     layers of one stack skip the same steps.
 
+    Packed sequences (`pack_padded_sequence`): a step happens where the sample has it and the agent keeps it. Padding is
+    not read, has no part in the agent's statistics, rates and probabilities, and counts neither as run nor as skipped:
+    a cost of 1.0 is what the static model does for that sample. The agent itself runs for every step of the padded
+    batch, which its cost says.
+
     Legality: the layer is torch's own LSTM, GRU or RNN, of any number of layers, with projections or
     without, on a batch of sequences whose rows are the samples; an agent that reads the state needs one
     direction; the agent must cost less than what it controls. A backbone is skipped too where the

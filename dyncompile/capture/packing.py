@@ -18,10 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils import rnn
 
-from dyncompile.capture.recurrent import Packing
+from dyncompile.capture.recurrent import Packing, in_order
 from dyncompile.errors import CaptureError
-
-_PADDED = "; pass `total_length` to pad_packed_sequence: total_length=x.shape[1], with `batch_first`"
 
 
 class Packed(rnn.PackedSequence):
@@ -105,8 +103,7 @@ class TakenOver:
             packing = Packing(steps=steps, batch_first=batch_first, enforce_sorted=enforce_sorted)
             return Packed(x, lengths, packing, zeros=False)
         self.packed.append((lengths.detach().clone(), x.shape[1 if batch_first else 0]))
-        in_order = enforce_sorted and bool((lengths[:-1] >= lengths[1:]).all())
-        return _ORIGINALS["pack_padded_sequence"](x, lengths, batch_first, in_order)
+        return _ORIGINALS["pack_padded_sequence"](x, lengths, batch_first, enforce_sorted and in_order(lengths))
 
     def pad_packed_sequence(
         self, sequence: Any, batch_first: bool, padding_value: float, total_length: int | None
@@ -171,7 +168,7 @@ def open_ended_error() -> CaptureError:
     """The model hangs on how long the longest sample of a batch is."""
     return CaptureError(
         "pad_packed_sequence without `total_length` pads to the longest sample of a batch, and the model's output for "
-        f"one sample changes with that{_PADDED}"
+        "one sample changes with that; pass it the length of the padded input: total_length=x.shape[1] (batch first)"
     )
 
 

@@ -161,8 +161,12 @@ class RecurrentLayer(nn.Module):
 def pack(x: Tensor, lengths: Tensor, batch_first: bool, enforce_sorted: bool) -> PackedSequence:
     """Pack padded sequences as torch does; where it would refuse samples that are not in order, they are sorted."""
     lengths = lengths.cpu()
-    in_order = enforce_sorted and bool((lengths[:-1] >= lengths[1:]).all())
-    return pack_padded_sequence(x, lengths, batch_first, enforce_sorted=in_order)
+    return pack_padded_sequence(x, lengths, batch_first, enforce_sorted=enforce_sorted and in_order(lengths))
+
+
+def in_order(lengths: Tensor) -> bool:
+    """Whether the longest come first."""
+    return bool((lengths[:-1] >= lengths[1:]).all())
 
 
 def _traced(x: Tensor) -> bool:

@@ -252,7 +252,7 @@ class DynamicModule(nn.Module):
         return self._costs[key]
 
     def exit_costs(self, enabled: Sequence[str] | None = None, *, unit: Unit = "flops") -> dict[str, float]:
-        """Relative cost of a sample by where it leaves.
+        """Relative cost of a sample by where it leaves; where sequences are packed, of one of full length.
 
         Args:
             enabled: Names of the exits that count as enabled; None takes their buffers.

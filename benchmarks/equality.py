@@ -88,7 +88,7 @@ def _fit(model: nn.Module, loss: Callable[[Tensor], Tensor], size: int, steps: i
     model.train()
     for _ in range(steps):
         optimizer.zero_grad()
-        loss(torch.randint(size, (64,), generator=generator)).backward()  # type: ignore[no-untyped-call]
+        loss(torch.randint(size, (64,), generator=generator)).backward()
         optimizer.step()
     model.eval()
 
@@ -284,7 +284,7 @@ def compare(
         made = made[made >= 0]
         order = margins(dyn, x)
         for routing, size in (("sample", batch), ("batch", 1)):
-            path = dc.export(dyn, folder / "model.onnx", routing=routing, decisions=True)  # type: ignore[arg-type]
+            path = dc.export(dyn, folder / "model.onnx", routing=routing, decisions=True)
             found = difference(exported(path, x, size), expected, order)
             yes = float(made.float().mean())
             row: list[Any] = [name, len(x), len(made), yes, routing, found.ties]

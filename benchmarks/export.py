@@ -130,7 +130,7 @@ def measure(report: Report, name: str, case: Case, folder: Path, *, rounds: int)
         counted = {"static": 1.0}
         for what, share in (("full depth", 0.0), ("a half decides", 0.5), ("a quarter decides", 0.25)):
             counted[what] = settle(dyn, x, share)
-            path = dc.export(dyn, folder / "dynamic.onnx", routing=routing)  # type: ignore[arg-type]
+            path = dc.export(dyn, folder / "dynamic.onnx", routing=routing)
             calls[what] = stream(session(path), x, batch)
         times = take_turns(calls, rounds=rounds)
         report.tables.append(_table(f"{name}, batch {batch}, routing {routing!r}", times, counted, len(x) // batch))

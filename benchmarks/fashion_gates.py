@@ -9,9 +9,9 @@ Protocol:
 - The static model is one of the demo's: trained on 55,000 augmented images; 5,000 are held out, 10,000 are the test
   set, which is looked at once, after training.
 - Nothing is chosen by the test set; the last weights are kept, gates decide as they come out of training (no bias).
-- Where early_exit is the last of the passes, the gates are fine-tuned first, to `--gate-cost`; exits are trained behind
-  them, everything else as it is; and `calibrate` on the 5,000 then chooses thresholds and biases for `--target-cost`.
-  The loss of accuracy that is allowed is 1.5 points then, else 1.
+- Where early_exit is the last of the passes, the gates are fine-tuned first, to `--gate-cost`, and exits are trained
+  behind them, everything else as it is; `--together` fine-tunes both in one run instead. `calibrate` on the 5,000 then
+  chooses thresholds and biases for `--target-cost`. The loss of accuracy that is allowed is 1.5 points then, else 1.
 - All figures are of evaluation: hard decisions, batch norm statistics of the samples that reach each norm.
 """
 
@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--patch", type=int, default=7, help="of a ViT")
     parser.add_argument("--epochs", type=int, default=8, help="of fine-tuning")
     parser.add_argument("--exit-epochs", type=int, default=4, help="of the exits behind trained gates")
+    parser.add_argument("--together", action="store_true", help="gates and exits in one fine-tuning")
     parser.add_argument("--static-epochs", type=int, default=8)
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--seeds", type=int, default=3)
@@ -119,18 +120,19 @@ def one_seed(static: nn.Module, images: Images, options: argparse.Namespace, see
     torch.manual_seed(seed)
     strategy = options.strategy.split("+")
     exits = strategy[-1] == "early_exit"
-    gates = strategy[:-1] if exits else strategy
+    first = strategy[:-1] if exits and not options.together else strategy
     target = options.gate_cost if exits else options.target_cost
-    dyn = dc.dynamize(static, gates, example_inputs=images.train.tensors[0][:2])
+    dyn = dc.dynamize(static, first, example_inputs=images.train.tensors[0][:2])
     start = time.perf_counter()
-    named = f"{'+'.join(gates)}-{_named(options)}-{target}-{options.epochs}-{seed}"
+    named = f"{'+'.join(first)}-{_named(options)}-{target}-{options.epochs}-{seed}"
     dyn = _finetuned(dyn, images, options, named, seed, epochs=options.epochs, mode="joint", target_cost=target)
-    if exits:
-        # Behind gates that stay as they are: trained jointly, the exits cost the full depth accuracy.
+    if first != strategy:
+        # Behind gates that stay as they are.
         dyn = dc.dynamize(dyn, "early_exit")
         for gate in dyn.gates.values():
             gate.requires_grad_(False)
         _finetuned(dyn, images, options, f"exits-{named}", seed, epochs=options.exit_epochs, mode="heads")
+    if exits:
         print(dc.calibrate(dyn.eval(), images.calibration, max_cost=options.target_cost, progress=False), flush=True)
     return {"seed": seed, "seconds": time.perf_counter() - start, **tested(dyn.eval(), *images.test.tensors)}
 

@@ -25,6 +25,7 @@ from benchmarks.cases import CASES, QUICK, Case
 from benchmarks.early_exit import contenders, realised_saving
 from benchmarks.forms import WHOLE, forms, whole
 from benchmarks.harness import Report, Table, Target, Timing, take_turns
+from dyncompile.lowering.lowered import LoweredModule
 from dyncompile.module import decision_owners, decision_routes
 from dyncompile.passes import Pass, resolve
 from dyncompile.testing import Share, forced
@@ -115,7 +116,7 @@ def _batch(
     gated: Gated,
     case: Case,
     batch: int,
-    models: tuple[dc.DynamicModule, nn.Module, nn.Module, Callable[[Tensor], Tensor]],
+    models: tuple[dc.DynamicModule, LoweredModule, nn.Module, Callable[[Tensor], Tensor]],
     *,
     quick: bool,
     device: str,

@@ -223,7 +223,7 @@ def _compiled(depth: int, *, rounds: int, device: str) -> list[float]:
     fast = dc.lower(dyn, decline=False)
     values = fast.examples(1)
     steps = [(fast.segments[s], [values[n] for n in s.inputs]) for s in fast.plan.segments()]
-    programs = [(call.serve(1), given) for call, given in steps]  # type: ignore[attr-defined]
+    programs = [(call.serve(1), given) for call, given in steps]
 
     def alone() -> None:
         for run, given in programs:

@@ -67,7 +67,7 @@ class Stream(BaseModel):
 
     def quantile(self, share: float) -> float:
         """Seconds within which a share of the inputs is done; of each input the median of its rounds counts."""
-        each = sorted(statistics.median(found) for found in zip(*self.seconds, strict=True))
+        each: list[float] = sorted(statistics.median(found) for found in zip(*self.seconds, strict=True))
         return each[min(int(share * len(each)), len(each) - 1)]
 
 

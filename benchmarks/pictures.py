@@ -159,7 +159,9 @@ def _overlap(box: Box, taken: Sequence[Box]) -> float:
 
 def _outside(box: Box, axes: Any, width: float) -> float:
     left, low, right, high = box
-    beyond = max(0.0, axes.x0 - left) + max(0.0, right - width) + max(0.0, axes.y0 - low) + max(0.0, high - axes.y1 - 6)
+    beyond: float = (
+        max(0.0, axes.x0 - left) + max(0.0, right - width) + max(0.0, axes.y0 - low) + max(0.0, high - axes.y1 - 6)
+    )
     return 1e3 * beyond
 
 

@@ -1,6 +1,7 @@
-"""The tasks that contestants are trained on, at three scales: data, static models, schedules.
+"""The tasks that contestants are trained on, at four scales: data, static models, schedules.
 
 - `full`: what the figures are meant for. About a day on two cores.
+- `medium`: all of the data, and models of the size of the demo's: some hours.
 - `small`: a part of the data and narrow models, which train in about half an hour on one busy core. It shows that all
   contestants run and are compared on one task; whoever reads the figures must know that they are of small models.
 - `quick`: digits, one epoch. Does everything run?
@@ -23,7 +24,7 @@ from dyncompile.demo.models import ResNet, VisionTransformer
 from dyncompile.demo.train import Augmented, Schedule, train
 from dyncompile.errors import ArgumentError
 
-SCALES = ("full", "small", "quick")
+SCALES = ("full", "medium", "small", "quick")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -248,6 +249,7 @@ TASKS = {
             title="Fashion-MNIST, ResNet",
             sizes={
                 "full": Sizes(width=32, depth=20, epochs=8, tuning=8),
+                "medium": Sizes(width=16, depth=20, epochs=8, tuning=8),
                 "small": Sizes(width=16, depth=14, epochs=3, tuning=2, samples=4000),
                 "quick": Sizes(width=8, depth=8, epochs=1, tuning=1, samples=256),
             },
@@ -262,6 +264,7 @@ TASKS = {
             title="Fashion-MNIST, ViT",
             sizes={
                 "full": Sizes(width=192, depth=8, epochs=12, tuning=8),
+                "medium": Sizes(width=96, depth=6, epochs=10, tuning=8),
                 "small": Sizes(width=64, depth=6, epochs=3, tuning=2, samples=4000),
                 "quick": Sizes(width=32, depth=2, epochs=1, tuning=1, samples=256),
             },
@@ -277,6 +280,7 @@ TASKS = {
             title="HAPT, LSTM",
             sizes={
                 "full": Sizes(width=256, depth=1, epochs=12, tuning=10),
+                "medium": Sizes(width=128, depth=1, epochs=10, tuning=8),
                 "small": Sizes(width=64, depth=1, epochs=6, tuning=5),
                 "quick": Sizes(width=16, depth=1, epochs=1, tuning=1),
             },

@@ -1,6 +1,7 @@
 """What an inserted module reads at a node: its shape as a `Feature`, the mask of its tokens, how the model pools."""
 
 import torch
+from torch import nn
 from torch.fx import Node
 
 from dyncompile.errors import ArgumentError
@@ -23,17 +24,45 @@ def feature(graph: Graph, node: Node, *, mask: Node | None, pool: str) -> Featur
         ArgumentError: The value has no channels beside the batch.
     """
     value = spec(node)
-    channel_dim = graph.channel_dim(node)
-    if channel_dim == value.batch_dim or value.batch_dim is None:
+    channels = channel_dim(graph, node)
+    if channels == value.batch_dim or value.batch_dim is None:
         raise ArgumentError("features", found=f"{list(value.shape)}", expected="channels beside the batch")
     return Feature(
         shape=value.shape,
         batch_dim=value.batch_dim,
-        channel_dim=channel_dim,
+        channel_dim=channels,
         pool=pooling(graph, node) if pool == "auto" else pool,
         masked=mask is not None,
         padding=mask is not None and is_padding(mask),
     )
+
+
+def channel_dim(graph: Graph, node: Node) -> int:
+    """Which dim of a feature holds its channels: 1 for convolutional layouts, the last for tokens and `NHWC`."""
+    rank = len(spec(node).shape)
+    if rank <= 3:
+        return rank - 1 if rank != 3 or not _convolutional(graph, node) else 1
+    return 1 if _convolutional(graph, node) else rank - 1
+
+
+def _convolutional(graph: Graph, node: Node) -> bool:
+    """Whether the nearest layer that tells, behind or else ahead of a node, keeps channels in dim 1."""
+    width = spec(node).shape
+    for step in (lambda n: n.all_input_nodes, lambda n: list(n.users)):
+        queue, seen = [node], {node}
+        while queue:
+            current = queue.pop(0)
+            module = graph.module_of(current)
+            if isinstance(module, nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm | nn.GroupNorm):
+                return True
+            if isinstance(module, nn.Linear | nn.LayerNorm | nn.RNNBase | nn.Embedding):
+                return False
+            for other in step(current):
+                same = isinstance(other.meta.get("spec"), Spec) and len(spec(other).shape) == len(width)
+                if other not in seen and same:
+                    seen.add(other)
+                    queue.append(other)
+    return len(width) >= 4
 
 
 def token_mask(graph: Graph, node: Node) -> Node | None:
@@ -44,7 +73,7 @@ def token_mask(graph: Graph, node: Node) -> Node | None:
     value = spec(node)
     if len(value.shape) != 3 or value.batch_dim is None:
         return None
-    rest = {0, 1, 2} - {value.batch_dim, graph.channel_dim(node)}
+    rest = {0, 1, 2} - {value.batch_dim, channel_dim(graph, node)}
     tokens = tuple(value.shape[dim] for dim in (value.batch_dim, *rest))
     for source in graph.placeholders:
         named = "mask" in source.name or "pad" in source.name

@@ -303,32 +303,6 @@ class Graph:
         for name in _DERIVED:
             self.__dict__.pop(name, None)
 
-    def channel_dim(self, node: Node) -> int:
-        """Which dim of a feature holds its channels: 1 for convolutional layouts, the last for tokens and `NHWC`."""
-        rank = len(spec(node).shape)
-        if rank <= 3:
-            return rank - 1 if rank != 3 or not self._convolutional(node) else 1
-        return 1 if self._convolutional(node) else rank - 1
-
-    def _convolutional(self, node: Node) -> bool:
-        """Whether the nearest layer that tells, behind or else ahead of a node, keeps channels in dim 1."""
-        width = spec(node).shape
-        for step in (lambda n: n.all_input_nodes, lambda n: list(n.users)):
-            queue, seen = [node], {node}
-            while queue:
-                current = queue.pop(0)
-                module = self.module_of(current)
-                if isinstance(module, nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm | nn.GroupNorm):
-                    return True
-                if isinstance(module, nn.Linear | nn.LayerNorm | nn.RNNBase | nn.Embedding):
-                    return False
-                for other in step(current):
-                    same = isinstance(other.meta.get("spec"), Spec) and len(spec(other).shape) == len(width)
-                    if other not in seen and same:
-                        seen.add(other)
-                        queue.append(other)
-        return len(width) >= 4
-
     # --- change ----------------------------------------------------------------------------------
 
     def add_module(self, path: str, module: nn.Module) -> None:

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -98,6 +98,7 @@ class DynamicModule(nn.Module):
         self.recipe = recipe
         self.task = graph.task
         self._override: Override | None = None
+        self._forced: frozenset[str] = frozenset()
         self.refresh()
 
     def refresh(self) -> None:
@@ -232,15 +233,16 @@ class DynamicModule(nn.Module):
 
         Args:
             enabled: Names of the exits that count as enabled; None takes their buffers, and in
-                training all. Gates count as their buffers say, and in training as enabled.
+                training all. Gates count as their buffers say, and in training as enabled. Decisions that
+                `testing.forced` replaces count as enabled.
             unit: "flops", or "time": seconds measured on this machine, once, by running the
                 lowered regions (`dyncompile.lowering.measure`).
         """
         if enabled is None:
-            enabled = [n for n, e in self.exits.items() if self.training or bool(e.enabled)]
+            enabled = [n for n, e in self.exits.items() if self.training or bool(e.enabled) or n in self._forced]
         fixed = dict.fromkeys(set(self.exits) - set(enabled), 0)
         if not self.training:
-            fixed |= disabled_gates(self)
+            fixed |= disabled_gates(self, forced=self._forced)
         key = (unit, tuple(sorted(fixed.items())))
         if key not in self._costs:
             if unit == "time" and not any("seconds" in n.meta for n in self._graph.fx.nodes):
@@ -326,12 +328,13 @@ def disabled_decisions(module: DynamicModule) -> dict[str, int]:
     return exits | disabled_gates(module)
 
 
-def disabled_gates(module: DynamicModule) -> dict[str, int]:
-    """The decisions of gates that are switched off, with the arm that computes everything."""
+def disabled_gates(module: DynamicModule, *, forced: Collection[str] = ()) -> dict[str, int]:
+    """The decisions of gates that are switched off and not forced, with the arm that computes everything."""
     gates = {name: g for name, g in module.gates.items() if isinstance(g, Gate) and not bool(g.enabled)}
     if not gates:
         return {}
-    known = {decision: gates[owner].open_arm for decision, owner in module._owners.items() if owner in gates}
+    free = {decision: owner for decision, owner in module._owners.items() if decision not in forced}
+    known = {decision: gates[owner].open_arm for decision, owner in free.items() if owner in gates}
     return known | {name: 1 for name, parts in module._conjunctions.items() if known.keys() >= set(parts)}
 
 

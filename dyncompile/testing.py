@@ -78,11 +78,12 @@ def forced(model: DynamicModule | LoweredModule, shares: Shares, *, seed: int = 
         finally:
             model._override = before
     else:
-        previous, dyn._override = dyn._override, lambda name, value: draw(name, value, None, value.shape[0])
+        outer = dyn._override, dyn._forced
+        dyn._override, dyn._forced = (lambda name, value: draw(name, value, None, value.shape[0])), frozenset(wanted)
         try:
             yield
         finally:
-            dyn._override = previous
+            dyn._override, dyn._forced = outer
 
 
 @dataclasses.dataclass(frozen=True)

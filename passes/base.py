@@ -47,12 +47,14 @@ class Pass(ABC):
         name: The strategy's name.
         summary: One line.
         paper: arXiv id of the source.
+        seeks: What it rewrites, in the plural; the error of a model that has none of it says so.
         before: Strategies that must come later than this one in a list; the order check reads it.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     paper: ClassVar[str]
+    seeks: ClassVar[str] = ""
     before: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
@@ -94,7 +96,8 @@ class Pass(ABC):
             for r in refused:
                 places.setdefault(r.reason, []).append(r.node)
             reasons = "; ".join(f"{', '.join(nodes)}: {reason}" for reason, nodes in places.items())
-            raise PassError(f"{context} found no site: {reasons or 'the graph offers none'}")
+            none = "the graph offers none" + (f" of what it rewrites, {self.seeks}" if self.seeks else "")
+            raise PassError(f"{context} found no site: {reasons or none}")
         expected = _outputs(graph)
         old = set(graph.fx.nodes)
         for site in chosen:

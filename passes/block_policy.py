@@ -47,6 +47,7 @@ class BlockPolicy(Pass):
     name: ClassVar[str] = "block_policy"
     summary: ClassVar[str] = "one policy reads the input and decides which residual branches run"
     paper: ClassVar[str] = "1711.08393"
+    seeks: ClassVar[str] = "residual branches: a value plus what is computed from it"
 
     granularity: str = "branch"
     projection: bool = True

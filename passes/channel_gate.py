@@ -12,7 +12,8 @@ from dyncompile.channels import ChannelGroup, channel_groups
 from dyncompile.errors import ArgumentError, PassError
 from dyncompile.features import feature, token_mask
 from dyncompile.graph import Graph, spec
-from dyncompile.narrowing import Arm, Body, Region, flops_of, obstacle, region, saved_flops, unmasked
+from dyncompile.narrowable import Region, flops_of, obstacle, region, saved_flops, unmasked
+from dyncompile.narrowing import Arm, Body
 from dyncompile.nn import FeedForwardPolicy, Gate, build_estimator
 from dyncompile.nn.channelwise import ChannelMask, GatedChannels
 from dyncompile.nn.neurons import TopKGate
@@ -72,6 +73,7 @@ class ChannelGate(Pass):
     name: ClassVar[str] = "channel_gate"
     summary: ClassVar[str] = "a gate on the channels between layers; a sample runs the width that it needs"
     paper: ClassVar[str] = "2103.13258"
+    seeks: ClassVar[str] = "channels between layers that make and read them, and nothing else does"
 
     granularity: str = "levels"
     keep: float | None = None

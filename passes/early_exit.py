@@ -50,6 +50,7 @@ class EarlyExit(Pass):
     name: ClassVar[str] = "early_exit"
     summary: ClassVar[str] = "classifier heads at cut points; a sample leaves at the first that is sure"
     paper: ClassVar[str] = "1709.01686"
+    seeks: ClassVar[str] = "values between input and prediction that every path passes"
 
     exits: int | str | Sequence[str] = 3
     head: str = "linear"

@@ -56,6 +56,7 @@ class FrameSkip(Pass):
     name: ClassVar[str] = "frame_skip"
     summary: ClassVar[str] = "an agent at recurrent layers; a step that it skips copies the state"
     paper: ClassVar[str] = "1708.06834"
+    seeks: ClassVar[str] = "nn.LSTM, nn.GRU or nn.RNN layers over sequences"
 
     reads: str = "input"
     hidden: int = 8

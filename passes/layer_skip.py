@@ -48,6 +48,7 @@ class LayerSkip(Pass):
     name: ClassVar[str] = "layer_skip"
     summary: ClassVar[str] = "a gate on each residual branch; a sample runs the branches that it needs"
     paper: ClassVar[str] = "1711.09485"
+    seeks: ClassVar[str] = "residual branches: a value plus what is computed from it"
 
     gate: str = "feed_forward"
     granularity: str = "branch"

@@ -59,6 +59,7 @@ class NeuronGate(Pass):
     name: ClassVar[str] = "neuron_gate"
     summary: ClassVar[str] = "feed-forward layers in groups of neurons; a sample or token runs the groups it needs"
     paper: ClassVar[str] = "2110.01786"
+    seeks: ClassVar[str] = "feed-forward layers: two linear layers with elementwise operations between them"
 
     groups: int = 8
     split: str = "contiguous"

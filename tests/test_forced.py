@@ -111,3 +111,32 @@ def test_tensors_that_do_not_fit_the_batch_are_refused(dyn, device):
     ):
         with forced(dyn, shares), pytest.raises(ArgumentError, match=message):
             dyn.trace(X.to(device))
+
+
+@pytest.mark.parametrize(("strategy", "shares"), [("layer_skip", {"gate0": 0.5}), ("early_exit", {"exit0": 0.5})])
+def test_what_is_forced_costs_as_if_it_were_switched_on(strategy, shares, device):
+    layers = [torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)]
+    model = Residual() if strategy == "layer_skip" else torch.nn.Sequential(*layers)
+    x = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)).to(device)
+    dyn = dc.dynamize(model.eval().to(device), strategy, example_inputs=x[:2]).eval()
+    assert (dyn.trace(x).cost == 1).all()
+    with forced(dyn, shares):
+        trace = dyn.trace(x)
+    done = trace.decisions[next(iter(shares))] == (strategy == "early_exit")  # left, or skipped
+    assert done.sum() == 4
+    assert (trace.cost[done] < trace.cost[~done].min()).all()
+    assert (dyn.trace(x).cost == 1).all()
+
+
+class Residual(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.branch, self.head = (
+            torch.nn.Linear(8, 8),
+            torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(9))),
+            torch.nn.Linear(8, 3),
+        )
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(x + torch.relu(self.branch(x)))

@@ -35,7 +35,7 @@ def test_heat_map_shows_the_rates_of_each_class_the_cheapest_first():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b"]
 
 
-@pytest.mark.parametrize("shape", [(5, 3), (5, 1, 4, 4)])
+@pytest.mark.parametrize("shape", [(5, 3), (5, 1, 4, 4), (5, 2, 3), (5, 2, 4, 4)])
 def test_kept_frames_are_marked_next_to_the_sequence(shape):
     ran = np.array([[1, 0, 0, 0, 0], [1, 1, 1, 1, 1], [1, 0, 1, 0, 0.0]])
     examples = {i: np.random.default_rng(i).random(shape).astype(np.float32) for i in range(3)}

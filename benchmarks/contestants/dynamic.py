@@ -35,7 +35,8 @@ class Dynamic(Contestant):
     def model(self, run: Run) -> dc.DynamicModule:
         static, folder = Static().model(run), run.folder / self.slug
         if (folder / "recipe.json").exists():
-            return dc.load(folder, static).eval()
+            kept: dc.DynamicModule = dc.load(folder, static).eval()
+            return kept
         names = self.strategy.split("+")
         passes: list[str | Pass] = [_pass(name, run) for name in names]
         dyn = dc.dynamize(static, passes, example_inputs=run.splits.test.tensors[0][:2])

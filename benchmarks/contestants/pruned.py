@@ -36,9 +36,9 @@ class Pruned(Contestant):
         model = Static().model(run)
         layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear | nn.LSTM)]
         weights = [(m, name) for m in layers for name, p in m.named_parameters(recurse=False) if p.dim() > 1]
-        prune.global_unstructured(weights, pruning_method=prune.L1Unstructured, amount=self.amount)  # type: ignore[no-untyped-call]
+        prune.global_unstructured(weights, pruning_method=prune.L1Unstructured, amount=self.amount)
         for module, name in weights:
-            prune.remove(module, name)  # type: ignore[no-untyped-call]
+            prune.remove(module, name)
         return model.eval()
 
     def forms(self, model: nn.Module, run: Run, *, compilers: bool) -> Forms:

@@ -34,7 +34,7 @@ class Quantised(Contestant):
         torch.backends.mha.set_fastpath_enabled(False)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch points to another package for it
-            found: nn.Module = torch.ao.quantization.quantize_dynamic(model, {nn.Linear, nn.LSTM}, torch.qint8)  # type: ignore[no-untyped-call, attr-defined]
+            found: nn.Module = torch.ao.quantization.quantize_dynamic(model, {nn.Linear, nn.LSTM}, torch.qint8)
         return found.eval()
 
     def forms(self, model: nn.Module, run: Run, *, compilers: bool) -> Forms:  # noqa: ARG002 - it is not compiled

@@ -1,7 +1,7 @@
 """A plan as one ONNX model: conditionals become `If`, around whole batches or around the rows that take an arm."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import onnx_ir as ir
@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from dyncompile.demand import decision_name, stands_in
 from dyncompile.exporting.loops import steps, write_loop
 from dyncompile.exporting.pieces import Pieces
-from dyncompile.exporting.rows import annotate, any_of, filled, gathered, indices, inside, scattered, when
+from dyncompile.exporting.rows import annotate, any_of, filled, gathered, indices, inside, scattered, when, where
 from dyncompile.exporting.scope import Scope
 from dyncompile.exporting.settings import KNOBS_KEY
 from dyncompile.graph import Spec, spec
@@ -34,8 +34,8 @@ class Writer:
 
     `NonZero` finds the rows of an arm. By the sample, `Gather` takes their live-ins, the arm runs on them inside an
     `If` that leaves it out where nobody takes it, and `ScatterND` writes them over a value of the whole batch. By the
-    batch, the arm runs on every row as soon as one takes it, and `ScatterND` writes the other rows over its values:
-    none, where all take it. Either way an arm stands in the file once.
+    batch, the arm runs on every row as soon as one takes it, and `Where` keeps what it gives to those that do. Either
+    way an arm stands in the file once.
 
     Args:
         plan: What to write.
@@ -143,28 +143,25 @@ class Writer:
             outer = {s: v for s, v in values.items() if not inside(step, arm, v) and v is not bases[s]}
             if block is None and not outer:
                 continue
-            taken, others = self._split(step, scope, arm)
+            taken = self._taken(step, scope, arm)
             if outer:
-                index = indices(scope, taken())
+                index = indices(scope, taken)
             for select, value in outer.items():
                 part = gathered(scope, scope.values[value], index, spec(value), rows)
                 before = self._before(scope, results, select, step)
                 results[select] = scattered(scope, before, index, part, spec(select), rows)
             if block is not None:
                 chosen = {s: v for s, v in values.items() if v in block.outputs}
-                index = indices(scope, others() if self.routing == "batch" else taken())
-                self._arm(step, block, chosen, index, scope, results)
+                self._arm(step, block, chosen, taken, scope, results)
         scope.values.update((key, value) for key, value in results.items() if isinstance(key, fx.Node))
         return {key: value for key, value in results.items() if isinstance(key, str)}
 
-    def _split(self, step: Conditional, scope: Scope, arm: int) -> tuple[Callable[[], ir.Value], ...]:
-        """Make the mask of the rows that take an arm, or of those that do not."""
+    def _taken(self, step: Conditional, scope: Scope, arm: int) -> ir.Value:
+        """Make the mask of the rows that take an arm."""
         decision = scope.values[step.unit.decision]
         if step.unit.routed:
-            taken = scope.op("Equal", decision, scope.constant(arm))
-            return lambda: taken, lambda: scope.op("Not", taken)
-        straight, opposite = (lambda: decision), (lambda: scope.op("Not", decision))
-        return (straight, opposite) if arm else (opposite, straight)
+            return scope.op("Equal", decision, scope.constant(arm))  # type: ignore[no-any-return]
+        return decision if arm else scope.op("Not", decision)
 
     def _before(self, scope: Scope, results: dict[Key, ir.Value], key: Key, step: Conditional) -> ir.Value:
         """What the rows of an arm are written over."""
@@ -178,15 +175,13 @@ class Writer:
         step: Conditional,
         block: Block,
         selects: dict[fx.Node, fx.Node],
-        index: ir.Value,
+        taken: ir.Value,
         scope: Scope,
         results: dict[Key, ir.Value],
     ) -> None:
-        """Write an arm inside an `If`, and its values over those of the other rows.
-
-        `index` holds the rows that take the arm, by the batch those that do not.
-        """
+        """Write an arm inside an `If`, and its values over those of the rows that do not take it."""
         rows, whole = step.unit.rows, self.routing == "batch"
+        index = indices(scope, taken)
         then, otherwise = Scope(scope), Scope(scope)
         for node in block.inputs:
             value = scope.values[node]
@@ -195,18 +190,13 @@ class Writer:
         made.update(self.block(block, then).items())
         made.update((select, then.values[value]) for select, value in selects.items())
         before: dict[Key, ir.Value] = {key: self._before(scope, results, key, step) for key in made}
-        nothing: dict[Key, ir.Value] = before
         if whole:
-            for key, value in made.items():
-                part = gathered(then, before[key], index, self._spec(key), rows)
-                made[key] = scattered(then, value, index, part, self._spec(key), rows)
-            decided = scope.op("Size", scope.values[step.unit.decision])
-            some = scope.op("Less", scope.op("Size", index), decided)
+            made = {k: where(then, taken, v, before[k], self._spec(k), rows) for k, v in made.items()}
+            nothing = before
         else:
             nothing = {key: otherwise.nothing(self._spec(key)) for key in made}
-            some = any_of(scope, index)
         values = when(
-            scope, some, (then, list(made.values())), (otherwise, list(nothing.values())),
+            scope, any_of(scope, index), (then, list(made.values())), (otherwise, list(nothing.values())),
             [self._spec(key) for key in made], block.name,
         )  # fmt: skip
         for key, value in zip(made, values, strict=True):

@@ -69,6 +69,34 @@ def scattered(scope: Scope, base: ir.Value, index: ir.Value, part: ir.Value, fou
     return result if whole else _joined(scope, result, found)
 
 
+def where(scope: Scope, mask: ir.Value, value: ir.Value, other: ir.Value, found: Spec, rows: int) -> ir.Value:
+    """Some rows of one value, the rest of another.
+
+    Args:
+        scope: The graph that does it.
+        mask: `[R]`, the rows of `value`.
+        value: What `found` describes.
+        other: Another such value.
+        found: Their shape.
+        rows: How many rows a sample has; each may own several entries.
+    """
+    dim = found.batch_dim or 0
+    whole = found.rows == rows
+    if not whole:
+        value, other = _split(scope, value, found, rows), _split(scope, other, found, rows)
+    rank = len(found.shape) + (not whole)
+    if rank > 1:
+        mask = scope.op("Unsqueeze", mask, scope.constant([i for i in range(rank) if i != dim]))
+    # onnxruntime chooses between these alone.
+    native = found.dtype.is_floating_point or found.dtype in (torch.int32, torch.int64, torch.uint8)
+    if not native:
+        value, other = (scope.op("Cast", v, to=ir.DataType.INT64) for v in (value, other))
+    result = scope.op("Where", mask, value, other)
+    if not native:
+        result = scope.op("Cast", result, to=from_torch_dtype(found.dtype))
+    return result if whole else _joined(scope, result, found)
+
+
 def filled(scope: Scope, decision: ir.Value, found: Spec, rows: int, fill: int) -> ir.Value:
     """A value of one number, with as many rows as a decision has."""
     dim = found.batch_dim or 0

@@ -25,6 +25,9 @@ _BESIDE = 8
 _CHANNELS = 6
 
 
+_ON = "gates that training switched on, and that calibration, which leaves off what does not pay, left on"
+
+
 def observe(dyn: DynamicModule, data: Any, *, batch_size: int = 64, device: torch.device | str | None = None) -> Usage:
     """Run data through a dynamic model as it is set now, and note what ran.
 
@@ -45,7 +48,7 @@ def observe(dyn: DynamicModule, data: Any, *, batch_size: int = 64, device: torc
 
     groups = gate_groups(dyn)
     if not any(bool(dyn.gates[name].enabled) for names in groups.values() for name in names):
-        raise ArgumentError("dyn", found="a model without a gate that is on", expected="gates that were trained")
+        raise ArgumentError("dyn", found="a model without a gate that is on", expected=_ON)
     exits = [name for name, module in dyn.exits.items() if isinstance(module, Exit) and bool(module.enabled)]
     loader = as_loader(data, batch_size=batch_size, batch_dims=dyn.recipe.batch_dims)
     examples = Examples()
@@ -243,7 +246,8 @@ def kept_frames(usage: Usage, *, decision: str | None = None, count: int = 4) ->
 
     Returns:
         A matplotlib figure, or None where no decision is one by frame of an input that can be shown. Of a sequence
-        `[T, D]` the features are drawn as lines over its kept steps, shaded; of a video the frames, skipped ones faded.
+        `[T, ...]` the features that vary most are drawn as lines over its kept steps, shaded; of a video
+        `[T, 1 or 3, H, W]` the frames, skipped ones faded.
 
     Raises:
         ArgumentError: There is no such decision.
@@ -253,7 +257,7 @@ def kept_frames(usage: Usage, *, decision: str | None = None, count: int = 4) ->
         raise ArgumentError("decision", found=repr(decision), expected=f"one of {list(usage.ran)}")
     for name in usage.ran if decision is None else [decision]:
         ran = usage.ran[name]
-        shown = {i: x for i, x in usage.examples.items() if _is_sequence(x) and ran.ndim == 2 and len(x) == len(ran[i])}
+        shown = {i: x for i, x in usage.examples.items() if x.ndim >= 2 and ran.ndim == 2 and len(x) == len(ran[i])}
         if shown:
             break
     else:
@@ -262,7 +266,7 @@ def kept_frames(usage: Usage, *, decision: str | None = None, count: int = 4) ->
     chosen = [order[round(place)] for place in np.linspace(0, len(order) - 1, min(count, len(order)))]
     chosen = list(dict.fromkeys(chosen))
     with styled():
-        video = shown[chosen[0]].ndim == 4
+        video = _is_video(shown[chosen[0]])
         figure = _figure(10.0, 0.4 + (0.95 if video else 1.45) * len(chosen))
         panels = figure.subplots(len(chosen), 1, squeeze=False)[:, 0]
         for axes, sample in zip(panels, chosen, strict=True):
@@ -275,11 +279,13 @@ def kept_frames(usage: Usage, *, decision: str | None = None, count: int = 4) ->
     return figure
 
 
-def _is_sequence(example: NDArray[np.float32]) -> bool:
-    return example.ndim in (2, 4)
+def _is_video(example: NDArray[np.float32]) -> bool:
+    """Frames that are pictures: `[T, 1 or 3, H, W]`."""
+    return example.ndim == 4 and example.shape[1] in (1, 3)
 
 
 def _signal(axes: Any, sequence: NDArray[np.float32], kept: NDArray[np.float32]) -> None:
+    sequence = sequence.reshape(len(sequence), -1)
     for step in np.flatnonzero(kept > 0).tolist():
         axes.axvspan(step - 0.5, step + 0.5, color=RAN, alpha=0.22, linewidth=0)
     spread = sequence.std(0)

@@ -125,7 +125,6 @@ FORMS = [
     (nn.LSTM, {"bidirectional": True, "total": STEPS + 2, "value": -3.0, "batch_first": True}),
     (nn.GRU, {"num_layers": 2, "bidirectional": True, "sort": True, "dropout": 0.4}),
     (nn.GRU, {"given": True, "pack_first": False, "batch_first": True}),
-    (nn.GRU, {"num_layers": 2, "value": 1.5, "pack_first": False, "sort": True}),
     (nn.RNN, {"bidirectional": True, "bias": False, "given": True}),
 ]
 

@@ -14,16 +14,14 @@ Three things are done that inductor leaves undone when the batch is symbolic:
 - Every tensor at a border is dense: channels-last where it is so in eager mode, else row-major.
   Nothing is converted between segments.
 
-Segments of equal structure are not merged, but their kernels are: inductor keys compiled C++ and
-Triton by source, and frozen weights are arguments of a kernel. Left to share would be the
-generation of Python code, about a tenth of a warm compile. The graph is traced and
-folded for each set of weights.
+Segments of equal structure share a program on the processor (`dyncompile.lowering.sharing`); each has
+the constants that its own weights fold to. On a GPU they share kernels alone: inductor keys compiled
+code by source.
 """
 
 import copy
-import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -33,13 +31,13 @@ from torch._guards import TracingContext, tracing
 from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.constant_folding import replace_node_with_constant
-from torch._inductor.freezing_utils import is_frozen_param
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._python_dispatch import _disable_current_modes
 
 from dyncompile.errors import ArgumentError, LoweringError
 from dyncompile.lowering.entry import Entry, memory_format
+from dyncompile.lowering.sharing import Folding, Tape, loaded, structure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +59,7 @@ def compile_segment(
     inputs: Sequence[SegmentInput],
     *,
     cudagraphs: bool = False,
+    like: "CompiledSegment | None" = None,
 ) -> "CompiledSegment":
     """Compile a straight-line segment for every batch size.
 
@@ -75,12 +74,14 @@ def compile_segment(
         inputs: How each input carries the batch.
         cudagraphs: Record and replay CUDA graphs, one a batch size. The next call then overwrites
             the outputs.
+        like: One of equal structure (`dyncompile.lowering.sharing`) with examples alike, whose programs are taken,
+            with this segment's weights, where that can be done.
 
     Raises:
         ArgumentError: `inputs` does not fit `example_inputs`.
         LoweringError: The segment computes something that is tied to the example's batch size.
     """
-    return CompiledSegment(segment, example_inputs, inputs, cudagraphs=cudagraphs)
+    return CompiledSegment(segment, example_inputs, inputs, cudagraphs=cudagraphs, like=like)
 
 
 def compile_module(
@@ -118,14 +119,26 @@ class _Program:
         run: Takes a list of the batch size and the tensors, and empties it.
         symbol: The batch size, a sympy symbol.
         guards: What was assumed of it, sympy relations.
+        source: The code of `run`.
+        constants: Names under which the code reads what folding made of the weights.
+        folding: How that was made; None where the program cannot be shared.
     """
 
     run: Callable[[list[Any]], Sequence[Tensor]]
     symbol: Any
     guards: tuple[Any, ...]
+    source: str
+    constants: tuple[str, ...]
+    folding: Folding | None
 
     def serves(self, batch: int) -> bool:
         return all(guard.subs(self.symbol, batch) for guard in self.guards)
+
+    def of(self, weights: Sequence[Tensor]) -> "_Program":
+        """The same program of other weights."""
+        assert self.folding is not None
+        constants = dict(zip(self.constants, self.folding(weights), strict=True))
+        return replace(self, run=loaded(self.source, constants))
 
 
 class CompiledSegment:
@@ -142,6 +155,7 @@ class CompiledSegment:
         inputs: Sequence[SegmentInput],
         *,
         cudagraphs: bool = False,
+        like: "CompiledSegment | None" = None,
     ) -> None:
         self._batch_of, batch = _batch(example_inputs, inputs)
         self._examples = [torch.empty_like(t, device="meta") for t in example_inputs]
@@ -152,6 +166,9 @@ class CompiledSegment:
         self._cudagraphs = cudagraphs
         # Constants of a program lie in this copy, so the user's weights may change or go.
         self._segment: nn.Module | None = copy.deepcopy(segment).eval()
+        found = structure(self._segment) if isinstance(self._segment, fx.GraphModule) else None
+        self._weights = found[1] if found else []
+        self._like = like
         self._programs: list[_Program] = []
         self.serving: dict[int, Callable[[list[Any]], Sequence[Tensor]]] = {}
         self.warmup([max(batch, 2)])
@@ -200,6 +217,12 @@ class CompiledSegment:
         return program.run
 
     def _compile(self, hint: int) -> _Program:
+        if self._like is not None:
+            self._like.serve(hint)
+            pattern = next(p for p in self._like._programs if p.serves(hint))
+            if pattern.folding is not None:
+                self.output_formats[:] = self._like.output_formats
+                return pattern.of(self._weights)
         env = ShapeEnv()
         fake_mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
         source = ConstantSource("batch")
@@ -218,31 +241,51 @@ class CompiledSegment:
 
         entry = Entry(cast("nn.Module", self._segment), self.output_formats)
         code: list[Any] = []
+        held: dict[str, Any] = {}
+        tape = Tape()
 
         def keep(gm: fx.GraphModule, inputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
             if len(inputs) != len(fakes):
                 raise LoweringError(
                     "the segment changes or returns one of its own parameters or buffers, so it cannot be frozen"
                 )
-            _pack_convolutions(gm, {symbol: hint})
-            _tell_scalars_apart(gm)
+            _pack_convolutions(gm, {symbol: hint}, tape)
             code.append(compile_fx_inner(gm, inputs, *args, **kwargs))
+            held.update(code[0].constants or {})
+            held.update({name: getattr(gm, path) for name, path in code[0].frozen_param_names.items()})
             return code[0]
 
         patches = {
             "freezing": True,
             "freezing_discard_parameters": False,
+            # Else it writes scalars into its code (thresholds), which then is of this segment alone; and what it keeps
+            # on disk under a key of frozen parameters leaves their values out.
+            "always_keep_tensor_constants": True,
             "triton.cudagraphs": self._cudagraphs,
             # `lower` compares what a program returns with eager mode, once, so no call has to look at it again.
             "size_asserts": False,
             "alignment_asserts": False,
         }
-        with torch.no_grad(), config.patch(patches), tracing(TracingContext(fake_mode)):
+        with torch.no_grad(), config.patch(patches), tracing(TracingContext(fake_mode)), tape.running():
             compile_fx(cast("fx.GraphModule", entry), fakes, inner_compile=keep)
         if symbol in env.replacements:
             raise LoweringError(f"the segment computes something tied to the example's batch size, {hint}")
         guards = tuple(guard.expr for guard in env.guards if not _picks_eager_kernel(guard))
-        return _Program(run=code[0].current_callable, symbol=symbol, guards=guards)
+        return _Program(
+            run=code[0].current_callable,
+            symbol=symbol,
+            guards=guards,
+            source=code[0].source_code,
+            constants=tuple(held),
+            folding=self._folding(tape, list(held.values())),
+        )
+
+    def _folding(self, tape: Tape, constants: list[Any]) -> Folding | None:
+        """How the weights became the constants of a program that may be shared."""
+        # On a GPU inductor wraps the code that it generates: it copies inputs that are not aligned.
+        alike = all(isinstance(constant, Tensor) for constant in constants)
+        alike = alike and all(device.type == "cpu" for device in self._devices)
+        return tape.folding(self._weights, constants) if alike and self._weights is not None else None
 
 
 def _batch(examples: Sequence[Tensor], inputs: Sequence[SegmentInput]) -> tuple[tuple[int, int, int], int]:
@@ -264,7 +307,7 @@ def _batch(examples: Sequence[Tensor], inputs: Sequence[SegmentInput]) -> tuple[
     return found[0][0], found[0][1][0]
 
 
-def _pack_convolutions(gm: fx.GraphModule, hint: dict[Any, int]) -> None:
+def _pack_convolutions(gm: fx.GraphModule, hint: dict[Any, int], tape: Tape) -> None:
     """Bring the frozen weights of oneDNN convolutions into the layout that its kernels read."""
     if not torch.backends.mkldnn.is_available():
         return
@@ -287,20 +330,11 @@ def _pack_convolutions(gm: fx.GraphModule, hint: dict[Any, int]) -> None:
                 packed = gm.graph.call_function(pack, (weight, *arguments))
             packed.meta["val"] = weight.meta["val"]
             node.replace_input_with(weight, packed)
-            replace_node_with_constant(gm, packed, pack(frozen.detach(), *arguments))
+            tensor = pack(frozen.detach(), *arguments)
+            tape.note(pack, (frozen, *arguments), {}, tensor)
+            replace_node_with_constant(gm, packed, tensor)
     gm.graph.eliminate_dead_code()
     gm.recompile()
-
-
-def _tell_scalars_apart(gm: fx.GraphModule) -> None:
-    """Let the key under which inductor keeps compiled code hold the values of frozen scalars.
-
-    It writes them into the code (thresholds, temperatures), and takes two graphs for one that differ in them alone.
-    """
-    for node in gm.graph.find_nodes(op="get_attr"):
-        value = operator.attrgetter(str(node.target))(gm)
-        if isinstance(value, Tensor) and value.dim() == 0 and is_frozen_param(value):
-            del value._is_frozen_param  # type: ignore[attr-defined]
 
 
 def _picks_eager_kernel(guard: Any) -> bool:

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -152,10 +152,12 @@ class LoweredModule(nn.Module):
                 overwrite(module, dyn.graph.overwriting)
             # Not the modules themselves: fx and torch would look for hooks and rewrite errors in every call.
             return {segment: module.forward for segment, module in modules.items()}
-        from dyncompile.lowering.inductor import SegmentInput, compile_segment
+        from dyncompile.lowering.inductor import CompiledSegment, SegmentInput, compile_segment
+        from dyncompile.lowering.sharing import structure
 
         examples = self.examples()
         compiled: dict[Segment, Callable[..., Sequence[Tensor]]] = {}
+        kinds: dict[Hashable, CompiledSegment] = {}
         for segment, module in modules.items():
             if any(
                 stands_in(n) or isinstance(dyn.graph.module_of(n), nn.RNNBase | RecurrentLayer) for n in segment.nodes
@@ -164,9 +166,15 @@ class LoweredModule(nn.Module):
                 # of a decision has a form of its own.
                 compiled[segment] = copy.deepcopy(module)
                 continue
-            found = [spec(n) for n in segment.inputs]
-            inputs = [SegmentInput(batch_dim=f.batch_dim, rows=max(f.rows // segment.rows, 1)) for f in found]
-            compiled[segment] = compile_segment(module, [examples[n] for n in segment.inputs], inputs, **self.options)
+            specs = [spec(n) for n in segment.inputs]
+            inputs = [SegmentInput(batch_dim=s.batch_dim, rows=max(s.rows // segment.rows, 1)) for s in specs]
+            given = [examples[n] for n in segment.inputs]
+            alike = structure(module)
+            kind = (alike and alike[0], *inputs, *((t.shape, t.dtype, t.device, t.stride()) for t in given))
+            like = kinds.get(kind) if alike else None
+            found = compile_segment(module, given, inputs, like=like, **self.options)
+            kinds.setdefault(kind, found)
+            compiled[segment] = found
         return compiled
 
     def examples(self, batch: int = 4) -> dict[fx.Node, Tensor]:

@@ -6,23 +6,30 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
-from dyncompile.demand import Guard, Region, Unit, analyse, conjunctions, specialise, stands_in
+from dyncompile.demand import Guard, Region, Unit, analyse, conjunctions, scaled_by, specialise, stands_in
 
 
 @dataclasses.dataclass(frozen=True)
 class CostModel:
     """Cost of each region per sample, relative to the static model.
 
+    A static model that packs its sequences runs the steps that they have, so what it costs hangs on the sample. Weights
+    are shares of what it costs for a sample of full length; `expected` is relative to what it costs for each sample, so
+    that padding, which nobody runs, counts for neither side.
+
     Attributes:
         regions: The demand regions of the graph with its disabled decisions taken out; those of which a decision
             scales the work follow the region that they lie in.
         weights: Cost of each region; 1.0 is the whole static model.
-        static: What 1.0 stands for: FLOPs per sample (a multiply-add is two), or seconds.
+        static: What 1.0 stands for, for a sample of full length: FLOPs (a multiply-add is two), or seconds.
+        packed: Shares of the static model's work that run over packed sequences, by the name of the decision that says
+            which steps are there.
     """
 
     regions: tuple[Region, ...]
     weights: tuple[float, ...]
     static: float
+    packed: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def expected(self, decisions: Mapping[str, Tensor]) -> Tensor:
         """Expected cost of each sample: sum over regions of cost times the probability of the guard.
@@ -34,7 +41,23 @@ class CostModel:
                 dim after N (tokens, frames) is averaged, after the product along the path.
 
         Returns:
-            `[N]`, 1.0 = the static model.
+            `[N]`, 1.0 = the static model on that sample.
+        """
+        return self.work(decisions) / self.static_work(decisions)
+
+    def static_work(self, decisions: Mapping[str, Tensor]) -> Tensor:
+        """What the static model does for each sample, `[N]` or `[1]`; 1.0 = for one of full length."""
+        total = next((d for d in decisions.values()), torch.ones(1)).new_ones(1, dtype=torch.float32)
+        for name, share in self.packed.items():
+            if name in decisions:
+                real = decisions[name].float()
+                total = total - share * (1 - (real.mean(1) if real.dim() > 1 else real))
+        return total
+
+    def work(self, decisions: Mapping[str, Tensor]) -> Tensor:
+        """As `expected`, for every sample in units of what the static model does for one of full length.
+
+        A model's own decision about which steps are there may be left out: then all are.
         """
         if not decisions:
             return torch.full((1,), sum(self.weights))
@@ -55,6 +78,9 @@ def _probability(guard: Guard, decisions: Mapping[str, Tensor], cache: dict[Guar
         if known:  # one decision does not fall twice
             same = _probability(guard[:-1], decisions, cache)
             cache[guard] = same if known[-1] == arm else torch.zeros_like(same)
+            return cache[guard]
+        if unit.name not in decisions and unit.name == unit.decision.meta.get("real"):
+            cache[guard] = _probability(guard[:-1], decisions, cache)
             return cache[guard]
         value = decisions[unit.name]
         if unit.routed:
@@ -90,13 +116,17 @@ def cost_model(graph: fx.Graph, fixed: Mapping[str, int] | None = None, *, unit:
         fixed: Decisions that always take one arm, by name; what only the other arms need costs nothing.
         unit: Which of a node's costs counts: `flops` or `seconds`.
     """
-    own = sum(node.meta.get(unit, 0.0) for node in graph.nodes if not node.meta.get("inserted"))
-    reference = own or 1.0
+    static = [node for node in graph.nodes if not node.meta.get("inserted")]
+    reference = sum(node.meta.get(unit, 0.0) for node in static) or 1.0
+    packed: dict[str, float] = {}
+    for node in static:
+        if name := node.meta.get("real"):
+            packed[name] = packed.get(name, 0.0) + node.meta.get(unit, 0.0) / reference
     wholes = dict.fromkeys(conjunctions(graph), 0)
     found = analyse(specialise(graph, wholes | dict(fixed or {}))).regions
     regions = [part for region in found for part in _parts(region)]
     weights = (sum(share * node.meta.get(unit, 0.0) for node, share in shares.items()) for _, shares in regions)
-    return CostModel(tuple(region for region, _ in regions), tuple(w / reference for w in weights), reference)
+    return CostModel(tuple(region for region, _ in regions), tuple(w / reference for w in weights), reference, packed)
 
 
 def _parts(region: Region) -> list[tuple[Region, dict[fx.Node, float]]]:
@@ -107,8 +137,8 @@ def _parts(region: Region) -> list[tuple[Region, dict[fx.Node, float]]]:
     own = dict.fromkeys(region.nodes, 1.0)
     scaled: dict[str, dict[fx.Node, float]] = {}
     for node in region.nodes:
-        if name := stands_in(node):
-            share = float(node.meta["share"])
+        if name := scaled_by(node):
+            share = float(node.meta["share"]) if stands_in(node) else 1.0
             own[node] = 1.0 - share
             scaled.setdefault(name, {})[node] = share
     parts = [(region, own)]

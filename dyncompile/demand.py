@@ -89,7 +89,7 @@ class Demand:
 
 def decision_name(node: fx.Node) -> str:
     """The public name of a decision, or of the one that a node does a share of: the exit's or gate's, else its own."""
-    return str(node.meta.get("decision") or stands_in(node) or node.name)
+    return str(node.meta.get("decision") or scaled_by(node) or node.name)
 
 
 def _step(unit: Unit, arm: int) -> str:
@@ -235,6 +235,15 @@ def stands_in(node: fx.Node) -> str:
     for the form that skips, `lowered()`.
     """
     return str(node.meta.get("stands_in", ""))
+
+
+def scaled_by(node: fx.Node) -> str:
+    """Name of the decision that scales the work of a node; empty if none does.
+
+    Of a module that stands in for others it is the decision that they share. The user's own recurrent layer on packed
+    sequences does the steps that are there, which is a decision of the model itself (metadata `real`).
+    """
+    return stands_in(node) or str(node.meta.get("real", ""))
 
 
 def _settle(node: fx.Node, *, kept: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
+from dyncompile.capture.cells import inside
 from dyncompile.capture.check import resize
 from dyncompile.cost import CostModel, cost_model, exit_costs
 from dyncompile.demand import conjunctions, decision_name, specialise, stands_in
@@ -39,10 +40,12 @@ class Trace:
         confidence: `[N]` in [0, 1] per exit, after temperature.
         decisions: Per decision; evaluation: `[N]` bool, a route `[N]` int64; training: `[N]` in [0, 1], a route
             `[N, K]` weights, differentiable. Where a sample owns r tokens or frames: `[N, r]`, a route `[N, r, K]`.
+            Beside them as `steps0`, ... which steps packed sequences have, `[N, T]` bool.
         probabilities: Per gate, what its policy gave before anything was drawn: shaped as in training.
-        cost: `[N]`, expected cost of each sample; 1.0 = the static model. Differentiable in training.
+        cost: `[N]`, expected cost of each sample; 1.0 = the static model on it. Differentiable in training.
         owners: For each decision the exit or gate that makes it; "" for the user's own.
         routes: For each decision that is a route the number of its arms.
+        within: For each decision about the steps of packed sequences the name of the one that says which are there.
     """
 
     output: Any
@@ -54,6 +57,7 @@ class Trace:
     cost: Tensor
     owners: Mapping[str, str] = dataclasses.field(default_factory=dict)
     routes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    within: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 class DynamicModule(nn.Module):
@@ -104,6 +108,7 @@ class DynamicModule(nn.Module):
         self._costs: dict[tuple[str, tuple[tuple[str, int], ...]], CostModel] = {}
         self._owners = decision_owners(self._graph.fx)
         self._routes = decision_routes(self._graph.fx)
+        self._within = decisions_within(self._graph.fx)
         self._conjunctions = conjunctions(self._graph.fx)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -166,6 +171,9 @@ class DynamicModule(nn.Module):
                 exit_ = self.exits[name]
                 assert isinstance(exit_, Exit)
                 decisions[name] = exit_.firing(confidence)
+        if self._override is not None:
+            for name, real in self._within.items():
+                decisions[name] = inside(decisions[name], decisions[real])
         final = values[1]
         cost = self.cost_model().expected(decisions)
         if not decisions:
@@ -181,6 +189,7 @@ class DynamicModule(nn.Module):
             cost,
             self._owners,
             self._routes,
+            self._within,
         )
 
     def _batched(self) -> int:
@@ -245,7 +254,7 @@ class DynamicModule(nn.Module):
         return self._costs[key]
 
     def exit_costs(self, enabled: Sequence[str] | None = None, *, unit: Unit = "flops") -> dict[str, float]:
-        """Relative cost of a sample by where it leaves.
+        """Relative cost of a sample by where it leaves; where sequences are packed, of one of full length.
 
         Args:
             enabled: Names of the exits that count as enabled; None takes their buffers.
@@ -345,6 +354,11 @@ def decision_nodes(graph: fx.Graph) -> dict[str, fx.Node]:
             near = (*node.all_input_nodes, *node.users)
             found.setdefault(name, next(n for n in near if n.meta.get("decision") == name))
     return found
+
+
+def decisions_within(graph: fx.Graph) -> dict[str, str]:
+    """For each decision about the steps of packed sequences the model's own decision on which of them are there."""
+    return {name: str(node.meta["real"]) for node in graph.nodes if (name := stands_in(node)) and "real" in node.meta}
 
 
 def decision_routes(graph: fx.Graph) -> dict[str, int]:

@@ -33,6 +33,7 @@ class Layer:
         x: The sequence that it reads.
         state: The states before the first step, as they are passed; None for zeros.
         weights: Paths of its weights, in torch's order.
+        real: Of packed sequences which steps are there, `[N * T]`; None if all are.
     """
 
     node: fx.Node
@@ -40,6 +41,7 @@ class Layer:
     x: fx.Node
     state: Any
     weights: tuple[str, ...]
+    real: fx.Node | None = None
 
     @property
     def steps(self) -> int:
@@ -102,7 +104,8 @@ def layer_at(graph: Graph, node: fx.Node) -> Layer | None:
     args = list(node.args)
     if isinstance(module, RecurrentLayer):
         paths = tuple(str(weight.target) for weight in args[2:])  # type: ignore[union-attr]
-        return Layer(node=node, form=module, x=args[0], state=args[1], weights=paths)  # type: ignore[arg-type]
+        real: Any = node.kwargs.get("real")
+        return Layer(node=node, form=module, x=args[0], state=args[1], weights=paths, real=real)  # type: ignore[arg-type]
     if type(module) not in (nn.LSTM, nn.GRU, nn.RNN):
         return None
     assert isinstance(module, nn.RNNBase)
@@ -198,6 +201,14 @@ def backbone(graph: Graph, layer: Layer) -> Backbone | str | None:
     if not _independent(graph, frames, features):
         return f"`{features.name}` of one frame depends on other frames"
     return Backbone(frames=frames, features=features, reader=readers[-1])
+
+
+def defer(reader: fx.Node, layer: fx.Node, decision: fx.Node) -> None:
+    """Move what lies between a backbone and the layer that alone reads it behind a decision that comes later."""
+    while reader is not layer and reader < decision:
+        [following] = _readers(reader)
+        layer.prepend(reader)
+        reader = following
 
 
 def _readers(node: fx.Node) -> Iterator[fx.Node]:

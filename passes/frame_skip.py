@@ -13,7 +13,7 @@ from dyncompile.graph import Graph, Spec, spec
 from dyncompile.nn import Admission, FramePolicy, PacedGate, SequencePolicy, SkippingLayer, StepGate, build_estimator
 from dyncompile.ops import SELECT
 from dyncompile.passes.base import Pass, Refusal, Site, find
-from dyncompile.sequences import Backbone, Layer, backbone, flops_between, gather, layer_at, stacks
+from dyncompile.sequences import Backbone, Layer, backbone, defer, flops_between, gather, layer_at, stacks
 from dyncompile.shapes import module_flops
 
 
@@ -34,6 +34,11 @@ class FrameSkip(Pass):
 
     A skipped step copies the state; the output at that step is the last one computed, the initial `h` before any. The
     layers of one stack skip the same steps.
+
+    Packed sequences (`pack_padded_sequence`): a step happens where the sample has it and the agent keeps it. Padding is
+    not read, has no part in the agent's statistics, rates and probabilities, and counts neither as run nor as skipped:
+    a cost of 1.0 is what the static model does for that sample. The agent itself runs for every step of the padded
+    batch, which its cost says.
 
     Legality: the layer is torch's own LSTM, GRU or RNN, of any number of layers, with projections or
     without, on a batch of sequences whose rows are the samples; an agent that reads the state needs one
@@ -131,10 +136,12 @@ class FrameSkip(Pass):
         policy = self._policy(graph, first, site.data)
         gate = PacedGate(policy, estimator=build_estimator(self.estimator), steps=first.steps)
         source = find(graph, site.data["frames"]) if "frames" in site.data else first.x
-        decision, _ = graph.insert(f"gates.{site.name}", gate, [source], ("decision", "probability"))
+        reads = [source] if first.real is None else [source, first.real]
+        decision, _ = graph.insert(f"gates.{site.name}", gate, reads, ("decision", "probability"))
         if "features" not in site.data:
             return decision
         features, reader = find(graph, site.data["features"]), find(graph, site.data["reader"])
+        defer(reader, first.node, decision)
         graph.add_module(f"_modes.{site.name}", Admission())
         nothing = f"_constants.{site.name}"
         width = spec(features).shape[1]
@@ -160,16 +167,18 @@ class FrameSkip(Pass):
             if isinstance(state, fx.Node) and isinstance(state.meta["spec"], tuple):
                 state = tuple(graph.fx.call_function(operator.getitem, (state, i)) for i in range(2))
             weights = [graph.fx.create_node("get_attr", path) for path in layer.weights]
+            packed: dict[str, Any] = {} if layer.real is None else {"real": layer.real}
             if decision is not None:
                 graph.add_module(f"_modes.{site.name}_{number}", skipping)
                 inputs = (static, decision, layer.x, state, *weights)
-                call = graph.fx.create_node("call_module", f"_modes.{site.name}_{number}", inputs)
+                call = graph.fx.create_node("call_module", f"_modes.{site.name}_{number}", inputs, packed)
             else:
                 width = spec(layer.x).shape[-1] + layer.form.output_size
                 policy = FramePolicy((width,), self.hidden)
                 gate = StepGate(policy, estimator=build_estimator(self.estimator), layer=skipping)
                 graph.add_module(f"gates.{site.name}", gate.to(graph.inputs[0].device, graph.dtype))
-                call = graph.fx.create_node("call_module", f"gates.{site.name}", (static, layer.x, state, *weights))
+                inputs = (static, layer.x, state, *weights)
+                call = graph.fx.create_node("call_module", f"gates.{site.name}", inputs, packed)
             found = [
                 graph.fx.call_function(operator.getitem, (call, i)) if part else None for i, part in enumerate(static)
             ]
@@ -184,6 +193,8 @@ class FrameSkip(Pass):
         graph.invalidate()
         graph.propagate()
         call.meta.update(stands_in=site.name, owner=site.name, share=graph.flops(layer.node) / graph.flops(call))
+        if layer.real is not None:
+            call.meta["real"] = layer.node.meta["real"]
         assert decision is not None
         return decision
 

@@ -173,20 +173,6 @@ def test_a_single_recurrent_layer_stays_itself(device):
     assert "rnn" in targets(assert_captured(model, x))
 
 
-def test_packed_sequences_are_refused_with_a_way_out(device):
-    class Packed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.rnn = nn.GRU(4, 6, batch_first=True)
-
-        def forward(self, x, lengths):
-            packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
-            return self.rnn(packed)[1][0]
-
-    with pytest.raises(CaptureError, match="`rnn` reads a packed sequence, .*; give it the padded sequence"):
-        capture(Packed().to(device), (torch.randn(2, 5, 4, device=device), torch.tensor([5, 3], device=device)))
-
-
 # --- what layers may be made of ------------------------------------------------------------------
 
 

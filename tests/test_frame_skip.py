@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dyncompile as dc
 from dyncompile.capture import capture
 from dyncompile.capture.recurrent import KERNELS, RecurrentLayer
-from dyncompile.errors import ArgumentError, CaptureError, PassError
+from dyncompile.errors import ArgumentError, PassError
 from dyncompile.nn import PacedGate, SkippingLayer, build_estimator
 from dyncompile.nn.ragged import CALL_FLOPS
 from dyncompile.passes import Refusal, Site
@@ -573,21 +573,6 @@ def test_refusals(model, options, reason, device):
 def test_options(options, message):
     with pytest.raises(ArgumentError, match=message):
         FrameSkip(**options)
-
-
-def test_packed_sequences_are_refused(device):
-    class Packed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.rnn, self.fc = nn.LSTM(WIDTH, HIDDEN, batch_first=True), nn.Linear(HIDDEN, 3)
-
-        def forward(self, x, lengths):
-            packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
-            return self.fc(self.rnn(packed)[1][0][-1])
-
-    example = torch.randn(3, STEPS, WIDTH, device=device), torch.tensor([7, 2, 5], device=device)
-    with pytest.raises(CaptureError, match=r"`rnn` reads a packed sequence.*give it the padded sequence"):
-        dc.dynamize(Packed().to(device), "frame_skip", example_inputs=example)
 
 
 def test_padded_sequences_of_any_length(device):

@@ -153,7 +153,7 @@ def _setting(dyn: DynamicModule, run: Run, design: Indices, groups: Mapping[str,
 
     def cost_of(enabled: tuple[bool, ...]) -> Array:
         names = [name for name, on in zip(run.exits, enabled, strict=True) if on]
-        if not groups:
+        if not run.decisions:
             with turned(dyn, {}, ()):
                 costs = dyn.exit_costs(names, unit=unit)
             return np.array([costs.get(name, np.nan) for name in (*run.exits, "final")])

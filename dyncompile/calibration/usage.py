@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from dyncompile.cost import guard_probability
 from dyncompile.data import Inputs
-from dyncompile.module import DynamicModule, decision_owners, decision_routes
+from dyncompile.module import DynamicModule, decision_owners, decision_routes, decisions_within
 
 _SIDE = 96
 _EXAMPLES = 240
@@ -26,7 +26,8 @@ class Usage:
     Attributes:
         ran: For each decision of a gate that is on, in order of execution: whether what it controls ran, `[M]`, or for
             each of a sample's r rows (frames, tokens) `[M, r]`. 0 or 1, or of a route with K arms k / (K - 1) for arm
-            k. What lies behind an exit that the sample took, or in a block that another gate skipped, did not run.
+            k. What lies behind an exit that the sample took, or in a block that another gate skipped, did not run. NaN
+            at the steps that a packed sequence does not have.
         groups: Decisions by the pass that inserted their gates.
         labels: Class of each sample, `[M]`; None where samples have not exactly one.
         examples: Inputs of some of the samples, by their index: an image `[C, H, W]`, a sequence `[T, D]` or a video
@@ -41,7 +42,7 @@ class Usage:
     @property
     def rates(self) -> dict[str, float]:
         """By decision, the share of the samples for which it ran."""
-        return {name: float(ran.mean(dtype=np.float64)) for name, ran in self.ran.items()}
+        return {name: float(np.nanmean(ran, dtype=np.float64)) for name, ran in self.ran.items()}
 
 
 def work(
@@ -61,17 +62,20 @@ def work(
     made = {name: torch.from_numpy(np.asarray(value)) for name, value in decisions.items()}
     left = {name: torch.from_numpy(leave == index) for index, name in enumerate(dyn.exits)}
     units = {unit.name: unit for region in dyn.cost_model(list(enabled)).regions for unit, _ in region.guard}
-    routes = decision_routes(dyn.graph.fx)
+    routes, within = decision_routes(dyn.graph.fx), decisions_within(dyn.graph.fx)
     found = {}
     for name, value in made.items():
-        if name not in units:
-            continue  # its gate is off
+        if name not in units or ("real" in units[name].decision.meta and name not in within):
+            continue  # its gate is off, or it says which steps are there
         highest = routes.get(name, 2) - 1
         activation = value.float() / highest
         reached = guard_probability(units[name].guard, {**made, **left}, len(leave))
         if reached.dim() < activation.dim():
             reached = reached.unsqueeze(1)
-        found[name] = (activation * reached).numpy()
+        ran = activation * reached
+        if name in within:
+            ran = ran.masked_fill(~made[within[name]].bool(), torch.nan)
+        found[name] = ran.numpy()
     return found
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dyncompile.capture import canonical
-from dyncompile.capture.check import check, expect, fresh, resize, undisturbed
+from dyncompile.capture.check import Run, agrees, check, expect, fresh, resize, sample, undisturbed
 from dyncompile.capture.functional import functionalise
 from dyncompile.capture.leaves import (
     Call,
@@ -24,6 +24,7 @@ from dyncompile.capture.leaves import (
     swapped,
 )
 from dyncompile.capture.modes import follow_mode
+from dyncompile.capture.packing import TakenOver, open_ended_error, short_rows, taking_over
 from dyncompile.capture.recurrent import unstack
 from dyncompile.capture.signature import Signature
 from dyncompile.errors import ArgumentError, CaptureError, DyncompileError, ExampleInputsError
@@ -96,20 +97,22 @@ def _attempt(
     training: bool,
 ) -> Graph:
     args, kwargs = signature.call_arguments(fresh(inputs))
-    with undisturbed(root):
-        root.train(training)
-        try:
-            outputs: list[Any] = []
-            leaves = leaves_of(root, lambda: outputs.append(root(*args, **kwargs)))
-        except DyncompileError:
-            raise
-        except Exception as error:  # whatever the user's own forward raises
-            raise ExampleInputsError(f"the model stops on its example inputs: {_reason(error)}") from error
-    signature = signature.with_output(outputs[0], prediction)
-    expected = expect(root, signature, inputs, dims, training=training)
-    with undisturbed(root):
-        root.train(training)
-        exported, calls = _export(root, leaves, inputs, signature, dims)
+    with taking_over() as taken:
+        with undisturbed(root):
+            root.train(training)
+            try:
+                outputs: list[Any] = []
+                leaves = leaves_of(root, lambda: outputs.append(root(*args, **kwargs)))
+            except DyncompileError:
+                raise
+            except Exception as error:  # whatever the user's own forward raises
+                raise ExampleInputsError(f"the model stops on its example inputs: {_reason(error)}") from error
+        signature = signature.with_output(outputs[0], prediction)
+        short = _short_runs(root, signature, inputs, dims, taken)
+        expected = expect(root, signature, inputs, dims, training=training)
+        with undisturbed(root), taken.traced():
+            root.train(training)
+            exported, calls = _export(root, leaves, inputs, signature, dims)
     module = exported.module(check_guards=False)
     constants: dict[str, Tensor] = {}
     state = {
@@ -135,11 +138,15 @@ def _attempt(
             graph.add_constant(path, tensor)
         if prediction_only:
             graph.output.args = ((graph.prediction,),)
-            expected = [(*run[:3], [run[3][signature.prediction]]) for run in expected]
+            expected, short = (
+                [(*run[:3], [run[3][signature.prediction]]) for run in runs] for runs in (expected, short)
+            )
             graph.signature = signature.only_prediction()
         graph.propagate()
         canonical.drop_noops(nodes)
         nodes.lint()
+        if not all(agrees(graph, run) for run in short):
+            raise open_ended_error()
         check(graph, expected)
     except DyncompileError:
         for name in ("_modes", "_constants"):
@@ -148,6 +155,32 @@ def _attempt(
             root.get_submodule(leaf).inplace = True  # type: ignore[assignment]
         raise
     return graph
+
+
+def _short_runs(
+    root: nn.Module,
+    signature: Signature,
+    inputs: tuple[Tensor, ...],
+    dims: tuple[int | None, ...],
+    taken: TakenOver,
+) -> list[Run]:
+    """What the model returns for batches in which no packed sequence fills the padding, where that can matter.
+
+    In evaluation: a dropout behind would draw for other shapes.
+    """
+    if not taken.open_ended:
+        return []
+    runs: list[Run] = []
+    batch = next(t.shape[d] for t, d in zip(inputs, dims, strict=True) if d is not None)
+    for row in short_rows(taken, batch):
+        alone = tuple(sample(t, dim, row) for t, dim in zip(inputs, dims, strict=True))
+        try:
+            runs += expect(root, signature, alone, dims, training=False)
+        except DyncompileError:
+            raise
+        except Exception as error:  # whatever the user's own forward raises
+            raise open_ended_error() from error
+    return runs
 
 
 def _export(

@@ -145,21 +145,33 @@ def check(graph: Graph, expected: list[Run]) -> None:
         CaptureError: Some output differs.
         MixedSamplesError: A sample's output depends on its neighbours.
     """
-    for training, inputs, batch, leaves in expected:
-        with undisturbed(graph.root):
-            graph.root.train(training)
-            torch.manual_seed(0)
-            actual = graph.run(inputs)
-        for name, a, b in zip(graph.signature.output_names, actual, leaves, strict=True):
-            if not same(a, b):
+    for run in expected:
+        for name, equal in _compared(graph, run):
+            if not equal:
                 raise CaptureError(
                     f"the captured graph's `{name}` differs from the model's in "
-                    f"{'training' if training else 'eval'} mode at batch size {batch}"
+                    f"{'training' if run[0] else 'eval'} mode at batch size {run[2]}"
                 )
     mark_rows(graph)
     for leaf in graph.output.all_input_nodes:
         if not leaf.meta["sliceable"]:
             raise _culprit(graph, leaf)
+
+
+def agrees(graph: Graph, run: Run) -> bool:
+    """Whether a capture returns what its model returned in one run."""
+    return all(equal for _, equal in _compared(graph, run))
+
+
+def _compared(graph: Graph, run: Run) -> Iterator[tuple[str, bool]]:
+    """For each leaf of the output its name, and whether it is the same."""
+    training, inputs, _, leaves = run
+    with undisturbed(graph.root):
+        graph.root.train(training)
+        torch.manual_seed(0)
+        actual = graph.run(inputs)
+    for name, a, b in zip(graph.signature.output_names, actual, leaves, strict=True):
+        yield name, same(a, b)
 
 
 class _Recorder(fx.Interpreter):
@@ -186,9 +198,9 @@ def mark_rows(graph: Graph) -> None:
     """
     together = resize(graph.inputs, graph.batch_dims, 4)
     others = resize(graph.inputs, graph.batch_dims, 4, seed=1)
-    second = [_entry(t, dim, 1) for t, dim in zip(together, graph.batch_dims, strict=True)]
+    second = [sample(t, dim, 1) for t, dim in zip(together, graph.batch_dims, strict=True)]
     disturbed = [
-        t if dim is None else torch.cat([_entry(o, dim, 0), s, _entry(o, dim, 2, 2)], dim)
+        t if dim is None else torch.cat([sample(o, dim, 0), s, sample(o, dim, 2, 2)], dim)
         for t, o, s, dim in zip(together, others, second, graph.batch_dims, strict=True)
     ]
     first, again, alone = (_record(graph, run) for run in (together, disturbed, second))
@@ -199,7 +211,8 @@ def mark_rows(graph: Graph) -> None:
         )
 
 
-def _entry(tensor: Tensor, dim: int | None, index: int, count: int = 1) -> Tensor:
+def sample(tensor: Tensor, dim: int | None, index: int, count: int = 1) -> Tensor:
+    """Some samples of an input, one after the other; an input without a batch dim as it is."""
     return tensor if dim is None else tensor.narrow(dim, index, count)
 
 

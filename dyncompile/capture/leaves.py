@@ -21,6 +21,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from dyncompile.capture.canonical import storage
+from dyncompile.capture.packing import Packed
+from dyncompile.capture.recurrent import Packing, is_plain
 from dyncompile.errors import CaptureError
 
 # Concrete layers that own sub-modules or parametrizations only as an implementation detail.
@@ -45,12 +47,16 @@ _LAYERS = tuple(kind for kind in _LAYERS if not issubclass(kind, _CONTAINERS))
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Call:
-    """One call of a leaf: where its tensors go in and how its output is put together."""
+    """One call of a leaf: where its tensors go in and how its output is put together.
+
+    One on packed sequences (`packing`) is one on the padded ones, with `lengths` beside them.
+    """
 
     path: str
     spec: pytree.TreeSpec
     constants: list[Any]
     mutates: bool
+    packing: Packing | None = None
     output: pytree.TreeSpec | None = None
     present: tuple[bool, ...] = ()
 
@@ -85,8 +91,13 @@ def _(tensors: list[Tensor], call: int) -> list[Tensor]:
     state = {name: fake(tensor.detach()) for name, tensor in (*module.named_parameters(), *module.named_buffers())}
     leaves = _merge(record.constants, tensors)
     args, kwargs = pytree.tree_unflatten(leaves, record.spec)
+    other = record.packing is not None and record.packing.batch_first != module.batch_first
+    if record.packing is not None:
+        args = (args[0].transpose(0, 1) if other else args[0], args[1])
+        kwargs = {}
     with swapped(module, export.originals[record.path]):
         out = torch.func.functional_call(module, state, args, kwargs, strict=False)
+    out = (out[0].transpose(0, 1), *out[1:]) if other else out
     flat, record.output = pytree.tree_flatten(out)
     record.present = tuple(isinstance(leaf, Tensor) for leaf in flat)
     # A custom operator may not return its input or a view of it, so hand out fresh tensors.
@@ -157,11 +168,12 @@ def leaves_of(root: nn.Module, run: Callable[[], object]) -> dict[str, bool]:
     handles = []
     versions: dict[str, list[tuple[Tensor, int]]] = {}
 
-    def before(path: str, _: nn.Module, args: Any, kwargs: Any) -> None:
-        if any(isinstance(value, nn.utils.rnn.PackedSequence) for value in (*args, *kwargs.values())):
+    def before(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if isinstance(module, nn.RNNBase) and _packed((args, kwargs)) and not is_plain(module, hooks=1):
             raise CaptureError(
-                f"`{path}` reads a packed sequence, whose size depends on the data; give it the padded sequence, and "
-                "read the output of each sample at its own last step: out[torch.arange(out.shape[0]), lengths - 1]"
+                f"`{path}` reads a packed sequence, whose size depends on the data, and is not torch's own layer alone "
+                f"({type(module).__qualname__}, with hooks or without); give it the padded sequence, and read the "
+                "output of each sample at its own last step: out[torch.arange(out.shape[0]), lengths - 1]"
             )
         tensors = tensors_of((args, kwargs))
         versions[path] = [(t, t._version) for t in tensors if not t.is_inference()]
@@ -170,6 +182,11 @@ def leaves_of(root: nn.Module, run: Callable[[], object]) -> dict[str, bool]:
 
     def after(path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         written = [t for t, version in versions.pop(path, []) if t._version != version]
+        if _packed((args, kwargs, output)):
+            if not isinstance(module, nn.RNNBase):
+                spoiled.add(path)
+            found.setdefault(path, False)
+            return
         if written and not getattr(module, "inplace", False):
             spoiled.add(path)
         leaves = pytree.tree_leaves(output)
@@ -196,6 +213,13 @@ def leaves_of(root: nn.Module, run: Callable[[], object]) -> dict[str, bool]:
         for handle in handles:
             handle.remove()
     return {path: written for path, written in found.items() if path not in spoiled}
+
+
+def _packed(tree: Any) -> bool:
+    """Whether a packed sequence is among what a layer reads or returns."""
+    kind = nn.utils.rnn.PackedSequence
+    leaves = pytree.tree_leaves(tree, is_leaf=lambda value: isinstance(value, kind))
+    return any(isinstance(leaf, kind) for leaf in leaves)
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
@@ -239,10 +263,18 @@ def opaque(root: nn.Module, leaves: dict[str, bool]) -> Iterator[list[Call]]:
     export = _Export(modules, originals)
 
     def enter(path: str, *args: Any, **kwargs: Any) -> Any:
+        packed = args[0] if args else kwargs.get("input")
+        if not isinstance(packed, Packed):
+            return record(path, args, kwargs)
+        hx = args[1] if len(args) > 1 else kwargs.get("hx")
+        out, state = record(path, (packed.padded, hx), {"lengths": packed.lengths}, packed.packing)
+        return packed.with_output(out), state
+
+    def record(path: str, args: tuple[Any, ...], kwargs: dict[str, Any], packing: Packing | None = None) -> Any:
         flat, spec = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in flat if isinstance(leaf, Tensor)]
         constants = [_SLOT if isinstance(leaf, Tensor) else leaf for leaf in flat]
-        call = Call(path=path, spec=spec, constants=constants, mutates=leaves[path])
+        call = Call(path=path, spec=spec, constants=constants, mutates=leaves[path], packing=packing)
         export.calls.append(call)
         out = iter(_leaf(tensors, len(export.calls) - 1))
         assert call.output is not None
@@ -279,6 +311,8 @@ def raise_leaves(graph: fx.Graph, calls: list[Call]) -> set[fx.Node]:
         with graph.inserting_before(node):
             raised = graph.create_node("call_module", call.path, tuple(args), kwargs)
         raised.meta = {**node.meta, "path": (*node.meta["path"], call.path)}
+        if call.packing is not None:
+            raised.meta["packing"] = call.packing
         values = {user.args[1]: user for user in list(node.users)}
         assert call.output is not None
         with graph.inserting_after(raised):

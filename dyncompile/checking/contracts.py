@@ -186,7 +186,7 @@ def lowered_runs(
                 decided=decided,
                 difference=_differs(dyn, output, trace.output, slack),
                 flops=float(counter.get_total_flops()),
-                planned=float(trace.cost.double().sum()) * model.static,
+                planned=float(model.work(trace.decisions).expand(batch).double().sum()) * model.static,
                 dense=sum(model.weights) * batch * model.static,
             )
 

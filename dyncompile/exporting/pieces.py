@@ -182,6 +182,11 @@ def agent_parts(segment: Segment, whole: Part, dropping: DroppingLayer) -> dict[
     module = whole.module
     assert isinstance(module, fx.GraphModule)
     call = next(node for node in module.graph.nodes if stands_in(node))
+    if "real" in call.kwargs:
+        raise ExportError(
+            f"`{stands_in(call)}` is decided by an agent that reads the state, on packed sequences, which no loop of "
+            "ONNX is written for: export to *.pt2, take FrameSkip(reads='input'), or disable its gate"
+        )
     path = str(call.target)
     weights = [attribute(module, str(node.target)) for node in call.args[3:]]
     module.set_submodule(path, Start(dropping.gate.layer))

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dyncompile.capture.cells import State, inside, mixed
 from dyncompile.errors import ExportError
 from dyncompile.nn.gates import Gate
-from dyncompile.nn.recurrent import SkippingLayer, State, StepGate, mixed
+from dyncompile.nn.recurrent import SkippingLayer, StepGate
 
 _ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2)}
 """torch's gates, in the order of ONNX."""
@@ -33,12 +34,13 @@ class SequenceLayer(nn.Module):
         x: Tensor,
         state: Tensor | State | None,
         *weights: Tensor,
+        real: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Run over a sequence; arguments and results as in `SkippingLayer.forward`, the decisions bool."""
         layer = self.layer
         given = layer.initial(x, state)
         sequence = layer.rows(x)
-        kept = decision.view(-1, sequence.shape[1])
+        kept = (decision if real is None else inside(decision, real)).view(-1, sequence.shape[1])
         outputs, finals = [], []
         for i, own in enumerate(layer.directions(weights)):
             start = tuple(s[i] for s in given)
@@ -50,6 +52,8 @@ class SequenceLayer(nn.Module):
             outputs.append(out)
             finals.append(final)
         joined, *states = layer.join(outputs, finals)
+        if real is not None:
+            joined = joined.masked_fill(~real.view(kept.shape).unsqueeze(-1), 0.0)
         return (joined if layer.batch_first else joined.transpose(0, 1), *states)
 
     def _run(self, x: Tensor, kept: Tensor, state: State, weights: tuple[Tensor, ...]) -> tuple[Tensor, State]:
@@ -214,12 +218,13 @@ class ConditionalLayer(nn.Module):
         x: Tensor,
         state: Tensor | State | None,
         *weights: Tensor,  # noqa: ARG002 - the cells have them
+        real: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Run over a sequence; arguments and results as in `SkippingLayer.forward`, the decisions bool."""
         layer = self.layer
         given = layer.initial(x, state)
         sequence = layer.rows(x)
-        kept = decision.view(-1, sequence.shape[1])
+        kept = (decision if real is None else inside(decision, real)).view(-1, sequence.shape[1])
         outputs, finals = [], []
         for i, cell in enumerate(self.cells):
             assert isinstance(cell, Cell)
@@ -230,7 +235,7 @@ class ConditionalLayer(nn.Module):
                 steps.append(now[0])
             outputs.append(layer.stack(steps[::-1] if i else steps))
             finals.append(now)
-        return layer.join(outputs, finals)
+        return layer.join(outputs, finals, None if real is None else real.view(kept.shape))
 
 
 class ConditionalAgent(nn.Module):
@@ -252,17 +257,21 @@ class ConditionalAgent(nn.Module):
         x: Tensor,
         state: Tensor | State | None,
         *weights: Tensor,  # noqa: ARG002 - the cell has them
+        real: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Run over a sequence; arguments and results as in `StepGate.forward`."""
         layer = self.gate.layer
         now = tuple(s[0] for s in layer.initial(x, state))
         sequence = layer.rows(x)
+        there = None if real is None else real.view(sequence.shape[:2])
         steps, decisions, probabilities = [], [], []
         for t in range(sequence.shape[1]):
             d, p = Gate.forward(self.gate, torch.cat((sequence[:, t], now[0]), -1))
+            if there is not None:
+                d, p = inside(d, there[:, t]), inside(p, there[:, t])
             now = conditional_step(self.cell, d, sequence[:, t], now)
             steps.append(now[0])
             decisions.append(d)
             probabilities.append(p)
-        found = layer.join([layer.stack(steps)], [now])
+        found = layer.join([layer.stack(steps)], [now], there)
         return (*found, torch.stack(decisions, 1).flatten(), torch.stack(probabilities, 1).flatten())

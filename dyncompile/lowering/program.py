@@ -136,8 +136,8 @@ class _BlockWriter:
     # --- segments --------------------------------------------------------------------------------
 
     def segment(self, step: Segment, dead: Collection[fx.Node]) -> None:
-        for decision in _shared(step):
-            self.share(decision)
+        for decision, real in _shared(step):
+            self.share(decision, real)
         call = self.writer.segments[step]
         if is_compiled(call):
             serving, serve = self.writer.bind("programs", call.serving), self.writer.bind("serve", call.serve)
@@ -154,13 +154,15 @@ class _BlockWriter:
         self.owned.difference_update(self.writer.lent[step])
         self.drop(n for n in step.outputs if n in dead)
 
-    def share(self, decision: fx.Node) -> None:
+    def share(self, decision: fx.Node, real: fx.Node | None) -> None:
         """Replace a decision of which a segment does a share, and note how much that is."""
         name, rows = decision_name(decision), spec(decision).rows
         value = self.variable(decision)
         where = f"within(index, {rows // self.block.rows})"
         self.line("if run.override is not None:")
         self.line(f" {value} = run.override({name!r}, {value}, {where}, run.batch * {rows})")
+        if real is not None:
+            self.line(f" {value} = {value} & {self.variable(real)}")
         self.line(f"run.rows[{name!r}] = int({value}.count_nonzero())")
 
     def argument(self, node: fx.Node, layout: Any) -> str:
@@ -298,10 +300,11 @@ class _BlockWriter:
                 self.line(f"i{i} = a{i} = r{i} = None")
 
 
-def _shared(step: Segment) -> list[fx.Node]:
-    """The decisions made ahead of which a segment does a share."""
-    names = {stands_in(node) for node in step.nodes}
-    return [node for node in step.inputs if "decision" in node.meta and decision_name(node) in names]
+def _shared(step: Segment) -> list[tuple[fx.Node, Any]]:
+    """The decisions made ahead of which a segment does a share; of packed sequences with the steps that are there."""
+    calls = {stands_in(node): node for node in step.nodes}
+    found = [node for node in step.inputs if "decision" in node.meta and decision_name(node) in calls]
+    return [(node, calls[decision_name(node)].kwargs.get("real")) for node in found]
 
 
 def _inside(step: Conditional, arm: int, value: fx.Node) -> bool:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dyncompile.capture.cells import inside
 from dyncompile.nn.estimators import Estimator
 from dyncompile.nn.gates import Gate
 from dyncompile.nn.heads import Feature
@@ -70,6 +71,22 @@ class PacedGate(Gate):
     def __init__(self, policy: nn.Module, *, estimator: Estimator, steps: int) -> None:
         super().__init__(policy, estimator=estimator)
         self.steps = steps
+
+    def forward(self, features: Tensor, real: Tensor | None = None) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """Decide.
+
+        Args:
+            features: What the policy reads.
+            real: `[N * T]` bool, of packed sequences the steps that are there; None: all. No other is kept, has a
+                probability above 0, or has a part in the statistics of the logits.
+
+        Returns:
+            Decision and probability, `[N * T]` each.
+        """
+        if real is None:
+            return super().forward(features)
+        logits = self.settle(self.policy(features), real)
+        return inside(self._decide(logits), real), inside(torch.sigmoid(logits), real)
 
     def _decide(self, logits: Tensor) -> Tensor:
         if self.training:

@@ -40,20 +40,26 @@ class Standardise(nn.Module):
         self.register_buffer("variance", torch.ones(shape))
         self.register_buffer("batches", torch.tensor(0))
 
-    def forward(self, logits: Tensor) -> Tensor:
-        """From logits `[..., *shape]` to float32 of the same shape."""
+    def forward(self, logits: Tensor, counted: Tensor | None = None) -> Tensor:
+        """From logits `[..., *shape]` to float32 of the same shape; only rows that are `counted` (bool) shape them."""
         logits = logits.float()
         mean, variance = self.mean.float(), self.variance.float()
         rows = logits.reshape(-1, *self.shape)
         if self.training and rows.shape[0] > 1:
-            mean, variance = rows.mean(0), rows.var(0, unbiased=False)
+            if counted is None:
+                mean, variance = rows.mean(0), rows.var(0, unbiased=False)
+            else:
+                weight = counted.reshape(-1, *(1 for _ in self.shape)).float()
+                count = weight.sum(0).clamp(min=1)
+                mean = (rows * weight).sum(0) / count
+                variance = ((rows - mean) ** 2 * weight).sum(0) / count
             with torch.no_grad():
                 self.batches.add_(1)
                 # Logits start far smaller than 1: were the first value not replaced at once, a gate that has seen few
                 # batches would decide alike for all in evaluation.
-                weight = self.batches.reciprocal().clamp(min=self.momentum).to(self.mean.dtype)
-                self.mean.lerp_(mean.to(self.mean.dtype), weight)
-                self.variance.lerp_(variance.to(self.variance.dtype), weight)
+                step = self.batches.reciprocal().clamp(min=self.momentum).to(self.mean.dtype)
+                self.mean.lerp_(mean.to(self.mean.dtype), step)
+                self.variance.lerp_(variance.to(self.variance.dtype), step)
         return SPREAD * (logits - mean) * torch.rsqrt(variance + self.eps)
 
 
@@ -132,9 +138,14 @@ class Gate(nn.Module):
         p = torch.tensor(min(max(rate, 0.02), 0.98), dtype=torch.float64)
         self.offset.fill_(torch.logit(p) if self.standardise is None else SPREAD * torch.special.ndtri(p))
 
-    def settle(self, logits: Tensor) -> Tensor:
-        """From what the policy returned to the logits of decisions, before `bias`; same shape and dtype."""
-        found = logits.float() if self.standardise is None else self.standardise(logits)
+    def settle(self, logits: Tensor, counted: Tensor | None = None) -> Tensor:
+        """From what the policy returned to the logits of decisions, before `bias`; same shape and dtype.
+
+        Args:
+            logits: Of the policy.
+            counted: Which rows are there, bool; None: all.
+        """
+        found = logits.float() if self.standardise is None else self.standardise(logits, counted)
         return (found + self.shift.float() + self._dearer(self.offset, found)).to(logits.dtype)
 
     def _dearer(self, amount: Tensor, logits: Tensor) -> Tensor:

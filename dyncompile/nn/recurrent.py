@@ -2,61 +2,15 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from dyncompile.capture.cells import State, Stepwise, inside, mixed
 from dyncompile.capture.recurrent import RecurrentLayer
 from dyncompile.nn.estimators import Estimator
 from dyncompile.nn.gates import Gate
 from dyncompile.nn.ragged import compacted
 
-State = tuple[Tensor, ...]
-"""`h`, and `c` of an LSTM, each `[N, ...]`."""
 
-
-class Cell(nn.Module):
-    """One direction of one layer, step by step; without parameters of its own.
-
-    Args:
-        mode: "LSTM", "GRU", "RNN_TANH" or "RNN_RELU".
-        bias: Whether the layer has biases.
-    """
-
-    def __init__(self, mode: str, *, bias: bool) -> None:
-        super().__init__()
-        self.mode = mode
-        self.bias = bias
-
-    def project(self, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
-        """What the cell makes of its input, `[..., D]` to `[..., gates * H]`."""
-        return F.linear(x, weights[0], weights[2] if self.bias else None)
-
-    def forward(self, projected: Tensor, state: State, weights: tuple[Tensor, ...]) -> State:
-        """One step.
-
-        Args:
-            projected: `[N, gates * H]`, of `project`.
-            state: Before the step.
-            weights: Of the layer and direction, in torch's order.
-        """
-        h = state[0]
-        hidden = F.linear(h, weights[1], weights[3] if self.bias else None)
-        if self.mode == "GRU":
-            r, z, n = projected.chunk(3, -1)
-            hidden_r, hidden_z, hidden_n = hidden.chunk(3, -1)
-            z = torch.sigmoid(z + hidden_z)
-            n = torch.tanh(n + torch.sigmoid(r + hidden_r) * hidden_n)
-            return ((1 - z) * n + z * h,)
-        if self.mode != "LSTM":
-            total = projected + hidden
-            return (torch.tanh(total) if self.mode == "RNN_TANH" else torch.relu(total),)
-        i, f, g, o = (projected + hidden).chunk(4, -1)
-        c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
-        h = torch.sigmoid(o) * torch.tanh(c)
-        own = 4 if self.bias else 2
-        return (F.linear(h, weights[own]) if len(weights) > own else h, c)
-
-
-class SkippingLayer(nn.Module):
+class SkippingLayer(Stepwise):
     """A recurrent layer of which each step happens or does not (Skip RNN, arXiv 1708.06834).
 
     `s_t = d_t cell(x_t, s_{t-1}) + (1 - d_t) s_{t-1}`: the state, the output with it, is copied where the step is
@@ -69,35 +23,8 @@ class SkippingLayer(nn.Module):
     """
 
     def __init__(self, form: RecurrentLayer, *, cell_read: bool = True) -> None:
-        super().__init__()
-        self.form = form
-        self.cell = Cell(form.mode, bias=form.bias)
-        self.batch_first = form.batch_first
+        super().__init__(form)
         self.cell_read = cell_read
-
-    def initial(self, x: Tensor, state: Tensor | State | None) -> State:
-        """The states before the first step, `[directions, N, ...]` each."""
-        if state is None:
-            return self.form.initial(x)
-        return (state,) if isinstance(state, Tensor) else tuple(state)
-
-    def directions(self, weights: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
-        """The weights of each direction."""
-        each = len(weights) // (1 + self.form.bidirectional)
-        return [weights[i : i + each] for i in range(0, len(weights), each)]
-
-    def rows(self, x: Tensor) -> Tensor:
-        """A sequence as `[N, T, D]`."""
-        return x if self.batch_first else x.transpose(0, 1)
-
-    def stack(self, steps: list[Tensor]) -> Tensor:
-        """Steps `[N, D]` as a sequence."""
-        return torch.stack(steps, 1 if self.batch_first else 0)
-
-    def join(self, outputs: list[Tensor], finals: list[State]) -> tuple[Tensor, ...]:
-        """The results of the directions as torch's layer returns them: the sequence, then each final state."""
-        out = torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
-        return (out, *(torch.stack(parts) for parts in zip(*finals, strict=True)))
 
     def forward(
         self,
@@ -106,6 +33,7 @@ class SkippingLayer(nn.Module):
         x: Tensor,
         state: Tensor | State | None,
         *weights: Tensor,
+        real: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Run over a sequence.
 
@@ -116,30 +44,15 @@ class SkippingLayer(nn.Module):
             x: `[N, T, D]`, or `[T, N, D]` without `batch_first`.
             state: As the user's layer takes it; None for zeros.
             weights: The layer's, in torch's order.
+            real: `[N * T]` bool, of packed sequences the steps that they have; None if all are.
 
         Returns:
             The sequence, then each final state, as torch's layer returns them, flat.
         """
-        given = self.initial(x, state)
-        sequence = self.rows(x)
-        d = decision.view(sequence.shape[:2])
-        outputs, finals = [], []
-        for i, own in enumerate(self.directions(weights)):
-            out, final = self._steps(sequence, d, tuple(s[i] for s in given), own, reverse=i == 1)
-            outputs.append(out)
-            finals.append(final)
-        return standing(static, self.join(outputs, finals), d == 1, self.batch_first)
-
-    def _steps(
-        self, x: Tensor, d: Tensor, state: State, weights: tuple[Tensor, ...], *, reverse: bool
-    ) -> tuple[Tensor, State]:
-        projected = self.cell.project(x, weights)
-        steps = range(x.shape[1])
-        outputs = []
-        for t in reversed(steps) if reverse else steps:
-            state = mixed(d[:, t], self.cell(projected[:, t], state, weights), state)
-            outputs.append(state[0])
-        return self.stack(outputs[::-1] if reverse else outputs), state
+        d = decision.view(self.rows(x).shape[:2])
+        steps = None if real is None else real.view(d.shape)
+        kept = d == 1 if steps is None else (d == 1) | ~steps
+        return standing(static, self.over(d, x, state, weights, steps), kept, self.batch_first)
 
     def lowered(self) -> "CompactedLayer":
         """What runs in its place where steps are skipped for real."""
@@ -165,13 +78,14 @@ class CompactedLayer(nn.Module):
         x: Tensor,
         state: Tensor | State | None,
         *weights: Tensor,
+        real: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Run over a sequence; arguments and results as in `SkippingLayer.forward`, the decisions bool."""
         layer = self.layer
-        if bool(decision.all()):
-            return layer.form(x, state, *weights)  # type: ignore[no-any-return]
+        if bool((decision if real is None else decision | ~real).all()):
+            return layer.form(x, state, *weights, real=real)  # type: ignore[no-any-return]
         given = layer.initial(x, state)
-        d = decision.view(-1, x.shape[1 if layer.batch_first else 0])
+        d = (decision if real is None else inside(decision, real)).view(-1, x.shape[1 if layer.batch_first else 0])
         outputs, finals = [], []
         for i, own in enumerate(layer.directions(weights)):
             ragged = compacted(d, batch_first=layer.batch_first, reverse=i == 1)
@@ -179,7 +93,7 @@ class CompactedLayer(nn.Module):
             out, final = ragged.run(layer.form, x, start, own, exact=layer.cell_read)
             outputs.append(out)
             finals.append(final)
-        return layer.join(outputs, finals)
+        return layer.join(outputs, finals, None if real is None else real.view(d.shape))
 
 
 class StepGate(Gate):
@@ -203,6 +117,7 @@ class StepGate(Gate):
         x: Tensor,
         state: Tensor | State | None,
         *weights: Tensor,
+        real: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Run over a sequence; arguments as in `SkippingLayer.forward`.
 
@@ -212,18 +127,21 @@ class StepGate(Gate):
         layer = self.layer
         now = tuple(s[0] for s in layer.initial(x, state))
         sequence = layer.rows(x)
+        steps = None if real is None else real.view(sequence.shape[:2])
         projected = layer.cell.project(sequence, weights)
         outputs, decisions, probabilities = [], [], []
         for t in range(sequence.shape[1]):
             d, p = super().forward(torch.cat((sequence[:, t], now[0]), -1))
+            if steps is not None:
+                d, p = inside(d, steps[:, t]), inside(p, steps[:, t])
             now = mixed(d, layer.cell(projected[:, t], now, weights), now)
             outputs.append(now[0])
             decisions.append(d)
             probabilities.append(p)
-        found = layer.join([layer.stack(outputs)], [now])
+        found = layer.join([layer.stack(outputs)], [now], steps)
         d = torch.stack(decisions, 1)
         return (
-            *standing(static, found, d == 1, layer.batch_first),
+            *standing(static, found, d == 1 if steps is None else (d == 1) | ~steps, layer.batch_first),
             d.flatten(),
             torch.stack(probabilities, 1).flatten(),
         )
@@ -251,15 +169,19 @@ class DroppingLayer(nn.Module):
         x: Tensor,
         state: Tensor | State | None,
         *weights: Tensor,
+        real: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Run over a sequence; arguments and results as in `StepGate.forward`."""
         layer = self.gate.layer
         now = tuple(s[0].clone() for s in layer.initial(x, state))
         sequence = layer.rows(x)
+        steps = None if real is None else real.view(sequence.shape[:2])
         outputs, decisions, probabilities = [], [], []
         for t in range(sequence.shape[1]):
             step = sequence[:, t]
             d, p = Gate.forward(self.gate, torch.cat((step, now[0]), -1))
+            if steps is not None:
+                d, p = inside(d, steps[:, t]), inside(p, steps[:, t])
             kept = d.nonzero().view(-1)
             if kept.shape[0] == d.shape[0]:
                 now = layer.cell(layer.cell.project(step, weights), now, weights)
@@ -270,17 +192,8 @@ class DroppingLayer(nn.Module):
             outputs.append(now[0])
             decisions.append(d)
             probabilities.append(p)
-        found = layer.join([layer.stack(outputs)], [now])
+        found = layer.join([layer.stack(outputs)], [now], steps)
         return (*found, torch.stack(decisions, 1).flatten(), torch.stack(probabilities, 1).flatten())
-
-
-def mixed(decision: Tensor, new: State, old: State) -> State:
-    """The state after a step: the new one where it happened, else the old one; in between a mixture."""
-    d = decision.unsqueeze(-1)
-    if not decision.is_floating_point():
-        return tuple(torch.where(d, a, b) for a, b in zip(new, old, strict=True))
-    d = d.to(new[0].dtype)
-    return tuple(d * a + (1 - d) * b for a, b in zip(new, old, strict=True))
 
 
 def standing(

@@ -92,7 +92,7 @@ def gate_heatmap(usage: Usage, *, classes: Sequence[str] | None = None) -> Any:
         MissingExtraError: matplotlib is not installed.
     """
     groups = {name: made for name, made in usage.groups.items() if made}
-    means = {name: ran.reshape(len(ran), -1).mean(1) for name, ran in usage.ran.items()}
+    means = {name: np.nanmean(ran.reshape(len(ran), -1), 1) for name, ran in usage.ran.items()}
     rows = _rows(usage, means, classes)
     with styled():
         widths = [max(3, len(made)) for made in groups.values()]
@@ -262,7 +262,7 @@ def kept_frames(usage: Usage, *, decision: str | None = None, count: int = 4) ->
             break
     else:
         return None
-    order = sorted(shown, key=lambda i: (float(ran[i].mean()), i))
+    order = sorted(shown, key=lambda i: (float(np.nanmean(ran[i])), i))
     chosen = [order[round(place)] for place in np.linspace(0, len(order) - 1, min(count, len(order)))]
     chosen = list(dict.fromkeys(chosen))
     with styled():
@@ -272,7 +272,7 @@ def kept_frames(usage: Usage, *, decision: str | None = None, count: int = 4) ->
         for axes, sample in zip(panels, chosen, strict=True):
             label = "" if usage.labels is None else f"class {usage.labels[sample]}, "
             kept = ran[sample]
-            axes.set_title(f"{label}{100 * kept.mean():.0f} % kept", fontsize=9, color=MUTED, loc="left", pad=3)
+            axes.set_title(f"{label}{100 * np.nanmean(kept):.0f} % kept", fontsize=9, color=MUTED, loc="left", pad=3)
             (_strip if video else _signal)(axes, shown[sample], kept)
         if not video:
             panels[-1].set_xlabel("step")

@@ -56,7 +56,12 @@ def _level(p: Tensor, routed: bool) -> Tensor:
 
 def activation_rates(trace: "Trace") -> dict[str, Tensor]:
     """Mean activation of each gate's decision over a batch, scalars in [0, 1]; see `activation`."""
-    return {name: activation(trace, name).mean() for name in gate_decisions(trace)}
+    return {name: there(trace, name, activation(trace, name)).mean() for name in gate_decisions(trace)}
+
+
+def there(trace: "Trace", name: str, values: Tensor) -> Tensor:
+    """What there is of values `[N, ...]` for each row of a decision: of packed sequences the steps that they have."""
+    return values[trace.decisions[trace.within[name]]] if name in trace.within else values
 
 
 def gate_probabilities(trace: "Trace") -> dict[str, Tensor]:
@@ -156,7 +161,7 @@ class BatchShaping(Objective):
         probabilities = gate_probabilities(trace)
         apart = []
         for name, rate in self._means(trace, probabilities).items():
-            p = probabilities[name]
+            p = there(trace, name, probabilities[name])
             # The prior of an aim at 1 would be a point.
             bounded = min(max(rate, 0.01), 0.99)
             if name in trace.routes:
@@ -169,7 +174,9 @@ class BatchShaping(Objective):
         if not isinstance(self.target, tuple):
             return _aimed(self.target, list(probabilities))
         low, high = self.target
-        own = {n: float(_level(p.detach(), n in trace.routes).mean()) for n, p in probabilities.items()}
+        own = {
+            n: float(_level(there(trace, n, p).detach(), n in trace.routes).mean()) for n, p in probabilities.items()
+        }
         return {name: min(max(rate, low), high) for name, rate in own.items()}
 
     def _distance(self, p: Tensor, means: list[float]) -> Tensor:
@@ -217,7 +224,8 @@ class MinimumUsage(Objective):
     ) -> dict[str, Tensor]:
         """See `Objective.parts`."""
         short = []
-        for name, p in gate_probabilities(trace).items():
+        for name, all_rows in gate_probabilities(trace).items():
+            p = there(trace, name, all_rows)
             arms = p.flatten(0, -2) if name in trace.routes else torch.stack([p, 1 - p], -1).flatten(0, -2)
             top = arms.topk(math.ceil(self.share * len(arms)), 0).values
             short.append((math.log(0.6) - top.clamp(min=1e-12).log()).relu().mean())

@@ -167,7 +167,7 @@ class CompiledSegment:
         # Constants of a program lie in this copy, so the user's weights may change or go.
         self._segment: nn.Module | None = copy.deepcopy(segment).eval()
         found = structure(self._segment) if isinstance(self._segment, fx.GraphModule) else None
-        self._weights = found[1] if found else []
+        self._weights = found[1] if found else None
         self._like = like
         self._programs: list[_Program] = []
         self.serving: dict[int, Callable[[list[Any]], Sequence[Tensor]]] = {}
@@ -212,7 +212,7 @@ class CompiledSegment:
             program = self._compile(max(batch, 2))
             self._programs.append(program)
             if not program.guards:
-                self._segment = None  # no other program will be needed
+                self._segment = self._weights = self._like = None  # no other program will be needed
         self.serving[batch] = program.run
         return program.run
 
@@ -220,7 +220,7 @@ class CompiledSegment:
         if self._like is not None:
             self._like.serve(hint)
             pattern = next(p for p in self._like._programs if p.serves(hint))
-            if pattern.folding is not None:
+            if pattern.folding is not None and self._weights is not None:
                 self.output_formats[:] = self._like.output_formats
                 return pattern.of(self._weights)
         env = ShapeEnv()

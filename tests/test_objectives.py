@@ -191,11 +191,12 @@ def test_regression(device):
     assert Distillation(alpha=0)(trace, targets).item() == near(apart)
 
 
-def test_learned_confidence_is_least_at_what_it_teaches(device):
+@pytest.mark.parametrize("shape", [(N,), (N, 1)])
+def test_learned_confidence_is_least_at_what_it_teaches(device, shape):
     confidence = {name: torch.full((N,), 0.5, device=device, requires_grad=True) for name in ("exit0", "exit1")}
-    trace = make_trace(device, (N, 1), confidence=confidence)
+    trace = make_trace(device, shape, confidence=confidence)
     targets = torch.randn(N, device=device)
-    errors = [(p[:, 0] - targets) ** 2 for p in (*trace.exits.values(), trace.final)]
+    errors = [(p.reshape(N) - targets) ** 2 for p in (*trace.exits.values(), trace.final)]
     scale = torch.stack(errors).mean()
     expected = sum(((0.5 - torch.exp(-e / scale)) ** 2).mean() for e in errors[:2])
     loss = LearnedConfidence(weight=2.0)(trace, targets)

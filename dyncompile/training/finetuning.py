@@ -136,7 +136,7 @@ def finetune(
 
     Raises:
         ArgumentError: An argument has no usable value, nothing can be trained, or the checkpoint to
-            resume from belongs to another model, mode or seed, or to more epochs.
+            resume from cannot be read or belongs to another model, mode or seed, or to more epochs.
         DataError: See `as_loader`; or labels do not fit the model's predictions: a regression model,
             which is also any of one column, takes floating targets alone.
         MissingExtraError: Lightning or TensorBoard is not installed (extra `train`).
@@ -163,6 +163,7 @@ def finetune(
     if objective is not None and not isinstance(objective, Objective):
         raise ArgumentError("objective", found=repr(objective), expected="a dyncompile.training.Objective")
     require("lightning.pytorch", extra="train")
+    from dyncompile.training.checkpoints import starting_point
     from dyncompile.training.lightning_module import FineTuning
 
     schedule = _schedule(dyn, target_cost)
@@ -206,8 +207,7 @@ def finetune(
             enable_progress_bar=progress,
             **trainer_options,
         )
-        last = where / "last.ckpt"
-        _fit(trainer, module, last if resume and last.exists() else None)
+        _fit(trainer, module, starting_point(where, resume=resume))
         result = _finish(trainer, module, keep=directory is not None, best=patience is not None)
         if schedule is not None:
             schedule.update(1.0)
@@ -262,22 +262,31 @@ def _trainer(where: Path, *, log: bool, validated: bool, patience: int | None, *
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+    from lightning.pytorch.plugins.io import CheckpointIO
+
+    from dyncompile.training.checkpoints import BEST, LAST, WholeCheckpoints
 
     callbacks: list[Any] = []
     checkpoint: dict[str, Any] = {"enable_version_counter": False, "save_on_train_epoch_end": True}
     if patience is not None:
         callbacks.append(EarlyStopping("val/loss", patience=patience))
     if validated:
-        callbacks.append(ModelCheckpoint(where, "best", monitor="val/loss", **checkpoint))
+        callbacks.append(ModelCheckpoint(where, BEST, monitor="val/loss", **checkpoint))
     # After the best, whose state the last has to hold for a resumption.
-    callbacks.append(ModelCheckpoint(where, "last", **checkpoint))
+    callbacks.append(ModelCheckpoint(where, LAST, **checkpoint))
     loggers: list[Any] = []
     if log:
         require("tensorboard", extra="train")
         loggers = [CSVLogger(where, name="csv"), TensorBoardLogger(where, name="tensorboard")]
     if not validated:
         options["limit_val_batches"] = 0
+    # A CheckpointIO of the user's own comes in its place.
+    plugins = options.pop("plugins", None) or []
+    plugins = plugins if isinstance(plugins, list) else [plugins]
+    if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        plugins = [*plugins, WholeCheckpoints()]
     return Trainer(
+        plugins=plugins,
         callbacks=[*callbacks, *options.pop("callbacks", [])],
         logger=options.pop("logger", loggers),
         default_root_dir=where,

@@ -86,6 +86,11 @@ def squared_error(prediction: Tensor, targets: Tensor) -> Tensor:
     return (widen(prediction) - targets.reshape(prediction.shape)) ** 2
 
 
+def sample_errors(prediction: Tensor, targets: Tensor) -> Tensor:
+    """Mean squared error of each sample, `[N]`; shapes as in `squared_error`."""
+    return squared_error(prediction, targets).reshape(len(prediction), -1).mean(1)
+
+
 def score(prediction: Tensor, targets: Tensor, ignore_index: int = IGNORE_INDEX) -> tuple[Tensor, int]:
     """Accuracy, or mean squared error for floating targets; and the number of labels it is of."""
     if targets.is_floating_point():

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from dyncompile.data import IGNORE_INDEX, Inputs, call
 from dyncompile.errors import ArgumentError
-from dyncompile.training.losses import divergence, squared_error, task_loss, widen
+from dyncompile.training.losses import divergence, sample_errors, task_loss, widen
 
 if TYPE_CHECKING:
     from dyncompile.cost import CostModel
@@ -241,10 +241,7 @@ class LearnedConfidence(Objective):
     ) -> dict[str, Tensor]:
         """See `Objective.parts`."""
         predictions = {**trace.exits, "final": trace.final}
-        errors = {
-            name: squared_error(prediction.detach(), targets).flatten(1).mean(1)
-            for name, prediction in predictions.items()
-        }
+        errors = {name: sample_errors(prediction.detach(), targets) for name, prediction in predictions.items()}
         scale = torch.stack(list(errors.values())).mean().clamp(min=1e-12)
         return {
             f"confidence/{name}": self.weight

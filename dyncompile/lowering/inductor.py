@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.source import ConstantSource
@@ -121,11 +122,13 @@ class _Program:
         run: Takes a list of the batch size and the tensors, and empties it.
         symbol: The batch size, a sympy symbol.
         guards: What was assumed of it, sympy relations.
+        single: It serves one batch size alone.
     """
 
     run: Callable[[list[Any]], Sequence[Tensor]]
     symbol: Any
     guards: tuple[Any, ...]
+    single: bool
 
     def serves(self, batch: int) -> bool:
         return all(guard.subs(self.symbol, batch) for guard in self.guards)
@@ -196,11 +199,28 @@ class CompiledSegment:
         program = next((p for p in self._programs if p.serves(batch)), None)
         if program is None:
             program = self._compile(max(batch, 2))
+            if program.single and all(other.single for other in self._programs):
+                self._programs.append(self._for_others(max(batch, 2)))
             self._programs.append(program)
             if not program.guards:
                 self._segment = None  # no other program will be needed
         self.serving[batch] = program.run
         return program.run
+
+    def _for_others(self, batch: int) -> _Program:
+        """A program for other batch sizes than one at which sizes that inductor compares are equal by chance.
+
+        Raises:
+            LoweringError: It is no chance: there are none.
+        """
+        tied = LoweringError(f"the segment computes something tied to the example's batch size, {batch}")
+        try:
+            program = self._compile(batch + 1)
+        except Exception as error:  # what torch raises where shapes do not fit can be anything
+            raise tied from error
+        if program.single:
+            raise tied
+        return program
 
     def _compile(self, hint: int) -> _Program:
         env = ShapeEnv()
@@ -242,10 +262,11 @@ class CompiledSegment:
         }
         with torch.no_grad(), config.patch(patches), tracing(TracingContext(fake_mode)):
             compile_fx(cast("fx.GraphModule", entry), fakes, inner_compile=keep)
-        if symbol in env.replacements:
-            raise LoweringError(f"the segment computes something tied to the example's batch size, {hint}")
+        single = symbol in env.replacements
         guards = tuple(guard.expr for guard in env.guards if not _picks_eager_kernel(guard))
-        return _Program(run=code[0].current_callable, symbol=symbol, guards=guards)
+        if single:
+            guards = (sympy.Eq(symbol, hint),)
+        return _Program(run=code[0].current_callable, symbol=symbol, guards=guards, single=single)
 
 
 class _Entry(nn.Module):

@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.source import ConstantSource
@@ -122,15 +121,17 @@ class _Program:
         run: Takes a list of the batch size and the tensors, and empties it.
         symbol: The batch size, a sympy symbol.
         guards: What was assumed of it, sympy relations.
-        single: It serves one batch size alone.
+        only: The one batch size that it serves, where there is only one.
     """
 
     run: Callable[[list[Any]], Sequence[Tensor]]
     symbol: Any
     guards: tuple[Any, ...]
-    single: bool
+    only: int | None
 
     def serves(self, batch: int) -> bool:
+        if self.only is not None:
+            return batch == self.only
         return all(guard.subs(self.symbol, batch) for guard in self.guards)
 
 
@@ -199,10 +200,10 @@ class CompiledSegment:
         program = next((p for p in self._programs if p.serves(batch)), None)
         if program is None:
             program = self._compile(max(batch, 2))
-            if program.single and all(other.single for other in self._programs):
+            if program.only is not None and all(other.only is not None for other in self._programs):
                 self._programs.append(self._for_others(max(batch, 2)))
             self._programs.append(program)
-            if not program.guards:
+            if not program.guards and program.only is None:
                 self._segment = None  # no other program will be needed
         self.serving[batch] = program.run
         return program.run
@@ -218,7 +219,7 @@ class CompiledSegment:
             program = self._compile(batch + 1)
         except Exception as error:  # what torch raises where shapes do not fit can be anything
             raise tied from error
-        if program.single:
+        if program.only is not None:
             raise tied
         return program
 
@@ -262,11 +263,9 @@ class CompiledSegment:
         }
         with torch.no_grad(), config.patch(patches), tracing(TracingContext(fake_mode)):
             compile_fx(cast("fx.GraphModule", entry), fakes, inner_compile=keep)
-        single = symbol in env.replacements
         guards = tuple(guard.expr for guard in env.guards if not _picks_eager_kernel(guard))
-        if single:
-            guards = (sympy.Eq(symbol, hint),)
-        return _Program(run=code[0].current_callable, symbol=symbol, guards=guards, single=single)
+        only = hint if symbol in env.replacements else None
+        return _Program(run=code[0].current_callable, symbol=symbol, guards=guards, only=only)
 
 
 class _Entry(nn.Module):

@@ -290,6 +290,19 @@ def test_integer_inputs_are_cast_and_batches_must_agree(device: torch.device) ->
             model(ids, mask[:3])
 
 
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_tensors_that_are_elsewhere_are_refused(dyn: dc.DynamicModule, device: torch.device, backend: str) -> None:
+    """A compiled program reads where they say, and would end the process."""
+    fast = dc.lower(dyn, backend, decline=False)
+    x = torch.randn(2, 3, 12, 12, device=device)
+    for wrong, found in (
+        (x.to("meta"), "a strided tensor on meta"),
+        (x.to_sparse(), f"a sparse_coo tensor on {x.device}"),
+    ):
+        with pytest.raises(ArgumentError, match=f"`x`: found {found}; expected a strided one on {x.device}"):
+            fast(wrong)
+
+
 def test_a_cast_model_lowers_and_keeps_its_dtype(dyn: dc.DynamicModule, device: torch.device) -> None:
     half = dyn.bfloat16()
     x = torch.randn(5, 3, 12, 12, device=device).bfloat16()

@@ -90,6 +90,7 @@ class LoweredModule(nn.Module):
         self._disabled = disabled_decisions(dyn)
         self._batch_of = next((i, dim) for i, dim in enumerate(dyn.graph.batch_dims) if dim is not None)
         self._dtypes = [dyn.present(t.dtype) for t in dyn.graph.inputs]
+        self._home = dyn.home
         graph = specialise(dyn.graph.fx, self._disabled)
         absorb_activations(graph, dyn)
         self._layout = self.snapshot and _channels_last(dyn)
@@ -193,8 +194,12 @@ class LoweredModule(nn.Module):
         return values
 
     def _cast(self, tensor: Tensor, position: int) -> Tensor:
-        """An input in the dtype that the programs were compiled for; they do not look at it themselves."""
+        """An input as the programs were compiled for; they do not look at it, but read and write where it says."""
         wanted = self._dtypes[position]
+        if tensor.device != self._home or tensor.layout is not torch.strided:
+            name, layout = self.dynamic.graph.signature.names[position], str(tensor.layout).removeprefix("torch.")
+            found = f"a {layout} tensor on {tensor.device}"
+            raise ArgumentError(name, found=found, expected=f"a strided one on {self._home}, where the model is")
         if tensor.dtype == wanted:
             return tensor
         if tensor.is_floating_point() or wanted.is_floating_point or wanted == torch.bool:
@@ -217,7 +222,9 @@ class LoweredModule(nn.Module):
         position, dim = self._batch_of
         count = inputs[position].shape[dim]
         if not self.snapshot:
-            self._dtypes = [self.dynamic.present(t.dtype) for t in graph.inputs]  # the live model may have been cast
+            # The live model may have been moved or cast.
+            self._home = self.dynamic.home
+            self._dtypes = [self.dynamic.present(t.dtype) for t in graph.inputs]
         inputs = [self._cast(t, i) for i, t in enumerate(inputs)]
         if not self.snapshot and (disabled_decisions(self.dynamic) != self._disabled or self.dynamic.training):
             self.relower()

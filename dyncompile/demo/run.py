@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -182,7 +183,10 @@ def _static(settings: Settings, images: Images, depth: int, width: int, console:
     torch.manual_seed(settings.seed)
     model = _resnet(images, depth, width).to(settings.device)
     if settings.resume and path.exists():
-        model.load_state_dict(load_file(path, device=settings.device))
+        try:
+            model.load_state_dict(load_file(path, device=settings.device))
+        except (SafetensorError, RuntimeError) as error:
+            raise ArgumentError("resume", found=f"{path}, which is corrupt", expected="a run to resume") from error
         return model.eval()
     assert settings.epochs is not None
     schedule = Schedule(
@@ -217,7 +221,10 @@ def _flops(images: Images, depth: int, width: int) -> int:
 
 
 def _remember(settings: Settings) -> None:
-    """Write the settings beside the results; a run is resumed with the same ones only."""
+    """Write the settings beside the results; a run is resumed with the same ones only.
+
+    One that starts anew removes the weights of a run before, which a resumption would take for its own.
+    """
     path = settings.out / "settings.json"
     now = {
         key: str(value) if isinstance(value, Path) else value
@@ -225,14 +232,22 @@ def _remember(settings: Settings) -> None:
         if key not in {"out", "report", "resume"}
     }
     if settings.resume and path.exists():
-        before = json.loads(path.read_text())
+        try:
+            before = json.loads(path.read_text())
+        except ValueError as error:
+            raise ArgumentError("resume", found=f"{path}, which is corrupt", expected="a run to resume") from error
         changed = [key for key, value in now.items() if before.get(key) != value]
         if changed:
             found = ", ".join(f"{key}={now[key]}" for key in changed)
             expected = ", ".join(f"{key}={before.get(key)}" for key in changed)
             raise ArgumentError("resume", found=found, expected=f"{expected}, as before")
     settings.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(now, indent=2) + "\n")
+    if not settings.resume or not path.exists():
+        for left in (*settings.out.glob("resnet*.safetensors"), *settings.out.glob("finetune/*.ckpt")):
+            left.unlink()
+    draft = path.with_suffix(".part")
+    draft.write_text(json.dumps(now, indent=2) + "\n")
+    draft.replace(path)
 
 
 def _table(rows: dict[str, Row], settings: Settings) -> Table:

@@ -5,7 +5,7 @@ import copy
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, fx, nn
@@ -259,6 +259,8 @@ class DynamicModule(nn.Module):
             unit: "flops", or "time": seconds measured on this machine, once, by running the
                 lowered regions (`dyncompile.lowering.measure`).
         """
+        if unit not in get_args(Unit):
+            raise ArgumentError("unit", found=repr(unit), expected="'flops' or 'time'")
         if enabled is None:
             enabled = [n for n, e in self.exits.items() if self.training or bool(e.enabled)]
         fixed = dict.fromkeys(set(self.exits) - set(enabled), 0)

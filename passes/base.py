@@ -82,7 +82,7 @@ class Pass(ABC):
             The sites that were rewritten and the places that were refused.
 
         Raises:
-            PassError: No site, an order that is not legal, or a rewrite that cannot run.
+            PassError: No site, an order that is not legal, a rewrite that cannot run, or a model that gives NaN.
             InexactError: A rewrite that changes the output.
         """
         context = f"pass `{self.name}`" + (f" (after {', '.join(ran)})" if ran else "")
@@ -96,6 +96,9 @@ class Pass(ABC):
             reasons = "; ".join(f"{', '.join(nodes)}: {reason}" for reason, nodes in places.items())
             raise PassError(f"{context} found no site: {reasons or 'the graph offers none'}")
         expected = _outputs(graph)
+        if any(isinstance(leaf, torch.Tensor) and bool(leaf.isnan().any()) for run in expected for leaf in run):
+            advice = "look at the model's weights, or pass other example_inputs"
+            raise PassError(f"{context}: the model itself gives NaN for its example inputs; {advice}")
         old = set(graph.fx.nodes)
         for site in chosen:
             try:

@@ -290,6 +290,14 @@ def test_integer_inputs_are_cast_and_batches_must_agree(device: torch.device) ->
             model(ids, mask[:3])
 
 
+@pytest.mark.parametrize("wrong", [8, None, "12", [0], [1.5], ["a"], [True]])
+def test_sizes_are_whole_numbers(dyn: dc.DynamicModule, wrong: object) -> None:
+    with pytest.raises(ArgumentError, match="`buckets`: found"):
+        dc.lower(dyn, "eager", buckets=wrong)
+    with pytest.raises(ArgumentError, match="`batch_sizes`: found"):
+        dc.lower(dyn, "eager").warmup(wrong)
+
+
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_tensors_that_are_elsewhere_are_refused(dyn: dc.DynamicModule, device: torch.device, backend: str) -> None:
     """A compiled program reads where they say, and would end the process."""

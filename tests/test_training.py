@@ -1,5 +1,6 @@
 import copy
 import logging
+import math
 import random
 import re
 import runpy
@@ -326,6 +327,16 @@ def test_cost_can_be_part_of_the_objective(dyn):
         ({"patience": 1}, "`patience`: found 1; expected val_data beside it"),
         ({"resume": True}, "`directory`: found None"),
         ({"batch_size": 0}, "`batch_size`: found 0"),
+        ({"batch_size": "a"}, "`batch_size`: found 'a'"),
+        ({"epochs": None}, "`epochs`: found None"),
+        ({"lr": "a"}, "`lr`: found 'a'; expected a number above 0"),
+        ({"lr": math.inf}, "`lr`: found inf"),
+        ({"seed": -1}, "`seed`: found -1; expected a whole number, at least 0"),
+        ({"optimizer": "adam"}, "`optimizer`: found 'adam'; expected what makes one"),
+        ({"directory": 3}, "`directory`: found 3; expected a path"),
+        ({"max_epochs": 3}, "`max_epochs`: found an option of the Trainer; expected `epochs` in its place"),
+        ({"accelerator": "tpuu"}, "`trainer_options`: found .*accelerator='tpuu'"),
+        ({"nonsense": 1}, "`trainer_options`: found .*unexpected keyword argument 'nonsense'"),
     ],
 )
 def test_arguments_without_meaning_are_refused(dyn, options, message):

@@ -21,6 +21,7 @@ from dyncompile.lowering.plan import Block, Conditional, Plan, Segment, make_pla
 from dyncompile.lowering.program import write_program
 from dyncompile.lowering.runtime import Override, Run, Segments, is_compiled
 from dyncompile.module import DynamicModule, disabled_decisions
+from dyncompile.values import sizes
 
 _NOTHING = contextlib.nullcontext()
 
@@ -57,7 +58,7 @@ class LoweredModule(nn.Module):
         self.backend = backend
         self.snapshot = backend != "eager"
         self.decline = decline
-        self.buckets = tuple(sorted(set(buckets)))
+        self.buckets = tuple(buckets)
         self.options = options
         self.last_run: dict[str, int] = {}
         self._override: Override | None = None
@@ -249,14 +250,14 @@ class LoweredModule(nn.Module):
         Raises:
             ArgumentError: A batch size below 1.
         """
-        sizes = sorted(set(batch_sizes))
-        if not sizes or sizes[0] < 1:
-            raise ArgumentError("batch_sizes", found=sizes, expected="numbers >= 1")
+        wanted = sizes("batch_sizes", batch_sizes)
+        if not wanted:
+            raise ArgumentError("batch_sizes", found="none", expected="one at least")
         for segment in self._segments.values():
             warm = getattr(segment, "warmup", None)
             if warm is not None:
                 # A segment may see any part of a batch: a single row, or several.
-                warm(sorted({1, *sizes}))
+                warm(sorted({1, *wanted}))
         return self
 
     def train(self, mode: bool = True) -> "LoweredModule":
@@ -347,8 +348,7 @@ def lower(
         raise ArgumentError("dyn", found=type(dyn).__name__, expected="what `dyncompile.dynamize` returned")
     if backend not in BACKENDS:
         raise ArgumentError("backend", found=repr(backend), expected=f"one of {BACKENDS}")
-    if any(b < 1 for b in buckets):
-        raise ArgumentError("buckets", found=list(buckets), expected="sizes >= 1")
+    buckets = sizes("buckets", buckets)
     unknown = sorted(set(options) - _OPTIONS[backend])
     if unknown:
         raise ArgumentError("options", found=unknown, expected=f"of {backend!r}: {sorted(_OPTIONS[backend])}")

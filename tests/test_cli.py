@@ -170,6 +170,10 @@ def test_inspect_shows_what_convert_would_do(run, model):
         (["demo", "--data", "letters"], "`data`: found 'letters'"),
         (["demo", "--data", "none.py:images"], "`data`: found no file none.py"),
         (["demo", "--device", "abacus"], "`device`: found 'abacus'"),
+        (["demo", "--max-drop", "0"], "`max_drop`: found 0.0; expected between 0 and 1"),
+        (["demo", "--confidence", "1"], "`confidence`: found 1.0; expected between 0 and 1"),
+        (["demo", "--seed", "-1"], "`seed`: found -1; expected a whole number, at least 0"),
+        (["demo", "--data", "imagefolder:none"], "`data`: found no folder none"),
         (["demo", "--depth", "19"], "`depth`: found 19; expected 6n + 2"),
     ],
 )

@@ -17,12 +17,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dyncompile as dc
+from dyncompile.calibration.certify import Target
 from dyncompile.data import find_device
 from dyncompile.demo.datasets import Images, load
 from dyncompile.demo.measure import fastest, has_compiler, take_turns
 from dyncompile.demo.models import ResNet
 from dyncompile.demo.train import Augmented, Schedule, accuracy, train
 from dyncompile.errors import ArgumentError
+from dyncompile.values import whole
 
 FEW = 10_000
 """Training sets smaller than this are passed more often, and take no less precision."""
@@ -102,8 +104,11 @@ def run(settings: Settings, console: Console) -> dict[str, Row]:
         settings,
         epochs=settings.epochs or (20 if few else 6),
         finetune_epochs=settings.finetune_epochs or (20 if few else 3),
-        max_drop=settings.max_drop or (0.015 if few else 0.01),
+        max_drop=(0.015 if few else 0.01) if settings.max_drop is None else settings.max_drop,
     )
+    # Before anything is trained for them.
+    Target(max_drop=settings.max_drop, confidence=settings.confidence)
+    whole("seed", settings.seed, least=0)
     _remember(settings)
     console.print(
         f"[bold]{images.name}[/]: {len(images.train)} images {list(images.shape)} to train, "

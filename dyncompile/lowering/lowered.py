@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -21,9 +22,13 @@ from dyncompile.lowering.plan import Block, Conditional, Plan, Segment, make_pla
 from dyncompile.lowering.program import write_program
 from dyncompile.lowering.runtime import Override, Run, Segments, is_compiled
 from dyncompile.module import DynamicModule, disabled_decisions
+from dyncompile.nn import Exit
 from dyncompile.values import sizes
 
 _NOTHING = contextlib.nullcontext()
+
+_CLEAR = 0.05
+"""Distance of a confidence from its threshold beyond which no rounding changes the decision."""
 
 BACKENDS = ("inductor", "eager")
 _OPTIONS: dict[str, set[str]] = {"inductor": {"cudagraphs"}, "eager": set()}
@@ -137,13 +142,26 @@ class LoweredModule(nn.Module):
                     if not fixed or t.untyped_storage().data_ptr() in pointers
                 )
                 for node, value in zip(segment.outputs, results, strict=True):
-                    if value.is_floating_point() and not same(value, values[node], slack=10.0):
+                    if not self._agree(node, value, values):
                         why = f"`{node.name}`, compiled, differs from eager mode at batch size {batch}"
                         raise LoweringError(f"{why}: lower(dyn, backend='eager') does not compile")
                     # An expanded value has several entries in one place.
                     if not fixed or held[value.untyped_storage().data_ptr()] > 1 or 0 in value.stride():
                         fresh.discard(node)
         return fresh, lent
+
+    def _agree(self, node: fx.Node, value: Tensor, values: dict[fx.Node, Tensor]) -> bool:
+        """Whether a value is what eager mode gives but for rounding; of an exit's decisions where it is none."""
+        expected = values[node]
+        if value.is_floating_point():
+            return same(value, expected, slack=10.0)
+        deciding = _decider(node)
+        module = None if deciding is None else self.dynamic.graph.module_of(deciding)
+        if deciding is None or not isinstance(module, Exit):
+            return True
+        _, confidence, _ = values[deciding]
+        clear = (confidence - module.threshold).abs() > _CLEAR
+        return torch.equal(value[clear], expected[clear])
 
     def _compile(self) -> Segments:
         dyn = self.dynamic
@@ -180,6 +198,7 @@ class LoweredModule(nn.Module):
         wanted = {n for block in self.plan.blocks() for n in (*block.inputs, *block.outputs)}
         wanted.update(n for s in self.plan.segments() for n in (*s.inputs, *s.outputs))
         wanted.update(n for unit in self.plan.demand.units for n in (unit.decision, *unit.selects))
+        wanted.update([module for n in wanted if (module := _decider(n))])
         values: dict[fx.Node, Tensor] = {}
 
         class Recorder(fx.Interpreter):
@@ -354,6 +373,12 @@ def lower(
         raise ArgumentError("options", found=unknown, expected=f"of {backend!r}: {sorted(_OPTIONS[backend])}")
     decline = backend == "inductor" if decline is None else decline
     return LoweredModule(dyn, backend=backend, decline=decline, buckets=buckets, options=options)
+
+
+def _decider(node: fx.Node) -> fx.Node | None:
+    """The module that a node is the decision of."""
+    decides = node.meta.get("tap", ("",))[0] == "decision" and node.target is operator.getitem
+    return node.all_input_nodes[0] if decides else None
 
 
 def _check_exits(dyn: DynamicModule) -> None:

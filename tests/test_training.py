@@ -375,6 +375,14 @@ def test_bad_data_in_the_middle_of_a_loader_leaves_the_model_consistent(dyn):
     assert all(parameter.requires_grad for parameter in dyn.parameters())
 
 
+def test_a_last_batch_of_one_sample_is_told():
+    layers = [nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)]
+    dyn = dc.dynamize(nn.Sequential(*layers), exits=1)
+    loader = DataLoader(TensorDataset(torch.randn(9, 4), torch.arange(9) % 3), batch_size=4)
+    with pytest.raises(DataError, match="`train_data`: found a batch of one sample, .*expected drop_last=True"):
+        finetune(dyn, loader, mode="joint")
+
+
 def test_a_model_with_nothing_to_train_is_refused(dyn):
     dyn.requires_grad_(False)
     with pytest.raises(ArgumentError, match="`mode`: found 'joint' for a model without parameters"):

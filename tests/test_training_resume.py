@@ -229,6 +229,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(born, tmp_path, damage, mess
     [
         ({"mode": "heads"}, "`mode`: found 'heads'; expected 'joint', with which the checkpoint"),
         ({"seed": 1}, "`seed`: found 1; expected 0"),
+        ({"lr": 1.0}, "`lr`: found 1.0; expected 0.002, with which the checkpoint was made"),
         ({"epochs": 1}, "`epochs`: found 1; expected at least the 2"),
     ],
 )

@@ -1,5 +1,6 @@
 """The main job, at the smallest size: repeatable, resumable, complete."""
 
+import copy
 import dataclasses
 import io
 import json
@@ -83,6 +84,21 @@ def test_only_a_resumption_takes_up_what_was_left(settings, monkeypatch, resume)
         with pytest.raises(KeyboardInterrupt):
             run(settings, console)
     assert [path.exists() for path in left] == [resume, resume]
+
+
+def test_a_resumption_draws_the_same_heads(settings, monkeypatch):
+    drawn = []
+
+    def note(dyn, *_, **__):
+        drawn.append(copy.deepcopy(dyn.state_dict()))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dyncompile.finetune", note)
+    for resume in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            run(dataclasses.replace(settings, epochs=1, resume=resume), Console(file=io.StringIO()))
+    first, resumed = drawn
+    assert all(torch.equal(value, resumed[name]) for name, value in first.items())
 
 
 def test_settings_that_cannot_be_read_are_told(settings):

@@ -116,6 +116,7 @@ def run(settings: Settings, console: Console) -> dict[str, Row]:
     )
     static = _static(settings, images, settings.depth, settings.width, console)
     with _step(console, "convert"):
+        torch.manual_seed(settings.seed)  # heads are drawn; a resumption has not trained before
         example = images.train.tensors[0][:2].to(settings.device)
         dyn = dc.dynamize(static, "early_exit", head="conv", example_inputs=(example,))
     dc.finetune(

@@ -43,6 +43,7 @@ Strategy = Annotated[
 Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Samples per batch.")]
 MaxDrop = Annotated[
     float,
@@ -68,7 +69,7 @@ def demo(
     batch_size: BatchSize = 64,
     device: Device = "cpu",
     report: Annotated[bool, typer.Option(help="Write report.html.")] = True,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
+    resume: Resume = False,
     force: Force = False,
 ) -> None:
     """Run the main job: train, convert, fine-tune, calibrate, lower, and measure."""
@@ -142,8 +143,9 @@ def finetune(
     mode: Annotated[Literal["heads", "joint"], typer.Option(help="Train the heads only, or everything.")] = "heads",
     seed: Seed = 0,
     device: Device = "cpu",
+    resume: Resume = False,
 ) -> None:
-    """Train a converted model; its folder is written anew, all at once."""
+    """Train a converted model; its folder is written anew, all at once. Checkpoints and logs go to its finetune/."""
     import dyncompile as dc
 
     dyn = _load(model, folder, device)
@@ -154,7 +156,9 @@ def finetune(
         images.calibration,
         epochs=epochs,
         mode=mode,
-        accelerator=next(dyn.parameters()).device.type,
+        accelerator=dyn.home.type,
+        directory=folder / "finetune",
+        resume=resume,
         seed=seed,
     )
     dc.save(dyn, folder)

@@ -107,6 +107,10 @@ def begin(
         raise ArgumentError("model", found=type(model).__name__, expected="a torch.nn.Module")
     if isinstance(model, DynamicModule):
         raise ArgumentError("model", found="a dynamic model", expected="a static one")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ArgumentError("model", found="a scripted model", expected="the nn.Module that it was made from")
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        raise ArgumentError("model", found="what torch.compile returned", expected="its model, `model._orig_mod`")
     if isinstance(getattr(model, "dynamic", None), DynamicModule):
         raise ArgumentError("model", found="a lowered model", expected="the model it was lowered from, its `dynamic`")
     if task not in (None, "classification", "regression"):

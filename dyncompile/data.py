@@ -18,6 +18,7 @@ from torch.utils.data import (
 )
 
 from dyncompile.errors import ArgumentError, DataError
+from dyncompile.values import whole
 
 Inputs: TypeAlias = Tensor | tuple[Any, ...] | dict[str, Any]
 Batch: TypeAlias = tuple[Inputs, Tensor]
@@ -108,8 +109,7 @@ def as_loader(
             message.
         ArgumentError: `batch_size` is below 1.
     """
-    if batch_size < 1:
-        raise ArgumentError("batch_size", found=batch_size, expected="at least 1")
+    whole("batch_size", batch_size, least=1)
     check = _Check(classes=classes, ignore_index=ignore_index, argument=argument)
     if isinstance(data, DataLoader):
         return _checked(data, check)

@@ -1,10 +1,11 @@
 """The dynamic model: the user's modules, what passes inserted, and the graph that runs them densely."""
 
+import contextlib
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, fx, nn
@@ -124,6 +125,12 @@ class DynamicModule(nn.Module):
             return list(sized)
         return [t.to(first.device, self.present(t.dtype)) for t in sized]
 
+    @property
+    def home(self) -> torch.device:
+        """Where the model is: its first parameter or buffer."""
+        tensors = itertools.chain(self.parameters(), self.buffers())
+        return next((t.device for t in tensors), self._graph.inputs[0].device)
+
     def present(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype that a captured value has now that the model may have been cast."""
         now: torch.dtype = getattr(torch, floating_dtype(self))
@@ -142,7 +149,31 @@ class DynamicModule(nn.Module):
         inputs = self._graph.bind(args, kwargs)
         if self._override is not None:
             return self.trace(*args, **kwargs).output
-        return signature.unflatten(self._forward[self.training](self, *inputs))
+        with self._explaining(inputs):
+            return signature.unflatten(self._forward[self.training](self, *inputs))
+
+    def _explaining(self, inputs: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if torch.compiler.is_compiling() else self._explained(inputs)
+
+    @contextlib.contextmanager
+    def _explained(self, inputs: Sequence[Tensor]) -> Iterator[None]:
+        """Where torch stops at an input on another device or of another dtype, say so.
+
+        Not refused beforehand: a model may convert its inputs itself, and autocast does.
+
+        Raises:
+            ArgumentError: It stopped, and an input is not as captured.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            for name, given, captured in zip(self._graph.signature.names, inputs, self._graph.inputs, strict=True):
+                wanted = self.present(captured.dtype)
+                if (given.device, given.dtype) != (self.home, wanted):
+                    found = f"{given.dtype} on {given.device}"
+                    expected = f"{wanted} on {self.home}, as the model was captured and is now"
+                    raise ArgumentError(name, found=found, expected=expected) from error
+            raise
 
     def trace(self, *args: Any, **kwargs: Any) -> Trace:
         """Run densely and return every exit's prediction, every decision and the cost of each sample.
@@ -156,10 +187,11 @@ class DynamicModule(nn.Module):
         """
         inputs = self._graph.bind(args, kwargs)
         nodes = self._taps()
-        if self._override is None:
-            values = self._trace[self.training](self, *inputs)
-        else:
-            values = _Overriding(self, self._override).run(*inputs)
+        with self._explaining(inputs):
+            if self._override is None:
+                values = self._trace[self.training](self, *inputs)
+            else:
+                values = _Overriding(self, self._override).run(*inputs)
         output = self._graph.signature.unflatten(values[0])
         taps: dict[str, dict[str, Tensor]] = {"exit": {}, "confidence": {}, "decision": {}, "probability": {}}
         for ((kind, name), node), value in zip(nodes.items(), values[2], strict=True):
@@ -238,6 +270,8 @@ class DynamicModule(nn.Module):
             unit: "flops", or "time": seconds measured on this machine, once, by running the
                 lowered regions (`dyncompile.lowering.measure`).
         """
+        if unit not in get_args(Unit):
+            raise ArgumentError("unit", found=repr(unit), expected="'flops' or 'time'")
         if enabled is None:
             enabled = [n for n, e in self.exits.items() if self.training or bool(e.enabled) or n in self._forced]
         fixed = dict.fromkeys(set(self.exits) - set(enabled), 0)

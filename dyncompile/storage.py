@@ -66,7 +66,7 @@ def save(dyn: DynamicModule, folder: str | os.PathLike[str], *, force: bool = Fa
     """
     if not isinstance(dyn, DynamicModule):
         raise ArgumentError("dyn", found=type(dyn).__name__, expected="what dynamize or load returns")
-    folder = Path(folder)
+    folder = _path(folder)
     _check_free(folder, force=force)
     for step in dyn.recipe.steps:
         for option, value in step.options.items():
@@ -136,20 +136,22 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> DynamicModule:
     """
     if isinstance(model, DynamicModule) or not isinstance(model, nn.Module):
         raise ArgumentError("model", found=type(model).__name__, expected="the static model, a torch.nn.Module")
-    folder = Path(folder)
+    folder = _path(folder)
     recipe = _read_recipe(folder)
     weights = _find_weights(folder, recipe)
     _check_state(folder, recipe, model)
     state = _read_weights(weights)
     inputs = {name.removeprefix(_INPUTS): state.pop(name) for name in list(state) if name.startswith(_INPUTS)}
-    expected = state.pop(_OUTPUT)
+    expected = state.pop(_OUTPUT, None)
+    if expected is None or not expected.is_floating_point():
+        raise RecipeError(f"{weights} is not what dyncompile.save wrote: it has no `{_OUTPUT}`")
     try:
         graph = _recapture(recipe, model, _moved(inputs, recipe, model))
         _replay(recipe, graph)
         dyn = DynamicModule(graph, recipe)
-    except DyncompileError as error:
+    except Exception as error:  # a recipe that was edited, or a pass of another version, may stop anywhere
         made = f"made for `{recipe.model}` with torch {recipe.torch}"
-        raise RecipeError(f"{folder}: the recipe, {made}, cannot be replayed: {error}") from error
+        raise RecipeError(f"{folder}: the recipe, {made}, cannot be replayed: {_reason(error)}") from error
     try:
         dyn.load_state_dict(state)
     except RuntimeError as error:
@@ -162,6 +164,16 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> DynamicModule:
             "else: with the saved weights, its output for the example inputs is another"
         )
     return dyn
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, DyncompileError) else f"{type(error).__name__}: {error}"
+
+
+def _path(folder: object) -> Path:
+    if isinstance(folder, str) or (isinstance(folder, os.PathLike) and isinstance(os.fspath(folder), str)):
+        return Path(folder)
+    raise ArgumentError("folder", found=repr(folder), expected="a path")
 
 
 def _prediction(dyn: DynamicModule, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -186,6 +198,9 @@ def _moved(inputs: Mapping[str, Tensor], recipe: Recipe, model: nn.Module) -> di
 def _check_free(folder: Path, *, force: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise ArgumentError("folder", found=f"{folder}, a file", expected="a folder")
+    for name in (RECIPE, WEIGHTS):
+        if (folder / name).is_dir():
+            raise ArgumentError("folder", found=f"{folder / name}, a folder", expected="another folder")
     if force:
         return
     taken = [name for name in (RECIPE, WEIGHTS) if (folder / name).exists()]
@@ -257,7 +272,7 @@ def _read_recipe(folder: Path) -> Recipe:
         raise RecipeError(f"{folder}: no {RECIPE} in it: not a folder that dyncompile.save wrote")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RecipeError(f"{path} is corrupt or truncated: {error}") from error
     if not isinstance(content, dict) or content.get("format") != "dyncompile-recipe":
         raise RecipeError(f'{path} is no recipe of dyncompile: it does not say `"format": "dyncompile-recipe"`')
@@ -292,7 +307,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
             aliases = json.loads(file.metadata()[_ALIASES])
             return state | {name: state[other] for name, other in aliases.items()}
-    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise RecipeError(f"{path} is not what dyncompile.save wrote: {error}") from error
 
 

@@ -19,6 +19,7 @@ from dyncompile.module import DynamicModule, decision_nodes, decision_routes
 from dyncompile.nn import Gate
 from dyncompile.passes import Pass, resolve
 from dyncompile.shapes import spec
+from dyncompile.values import whole
 
 if TYPE_CHECKING:
     from dyncompile.checking import Report
@@ -61,6 +62,9 @@ def forced(model: DynamicModule | LoweredModule, shares: Shares, *, seed: int = 
         {'always': 8, 'not exit0': 4}
     """
     dyn = model.dynamic if isinstance(model, LoweredModule) else model
+    if not isinstance(dyn, DynamicModule):
+        raise ArgumentError("model", found=f"a {type(model).__name__}", expected="a dynamic model or a lowered one")
+    whole("seed", seed, least=0)
     kinds = _kinds(dyn)
     wanted = _checked(dyn, shares, kinds)
     draw = _Draw(wanted, kinds, [n for n in dyn.exits if n in wanted], seed)
@@ -182,6 +186,10 @@ def _stable(name: str) -> int:
 
 
 def _checked(dyn: DynamicModule, shares: Shares, kinds: Mapping[str, _Kind]) -> dict[str, Share]:
+    found: Any = shares
+    if isinstance(found, str) or not isinstance(found, Mapping | Sequence):
+        expected = "a mapping from names, or a sequence of the exits' shares"
+        raise ArgumentError("shares", found=repr(shares), expected=expected)
     named = shares.items() if isinstance(shares, Mapping) else zip(dyn.exits, shares, strict=False)
     given: dict[str, Share] = dict(named)
     if not isinstance(shares, Mapping) and len(shares) > len(dyn.exits):
@@ -211,17 +219,19 @@ def made_within(dyn: DynamicModule) -> set[str]:
     return {name for n in nodes if (name := stands_in(n)) and isinstance(dyn.graph.module_of(n), Gate)}
 
 
-def _unfit(share: Share, arms: int) -> str:
+def _unfit(share: Any, arms: int) -> str:
     """What would do in place of a share that does not; empty where it does."""
     if isinstance(share, Tensor):
         if not arms:
-            return ""
+            return "" if bool(((share == 0) | (share == 1)).all()) else "a mask of bool"
         fits = not share.is_floating_point() and share.dtype != torch.bool
         if fits and share.numel():
             fits = int(share.min()) >= 0 and int(share.max()) < arms
         return "" if fits else f"arms, integers in [0, {arms})"
     if isinstance(share, int | float):
         fits = not arms and 0 <= share <= 1
+    elif not isinstance(share, Sequence) or not all(isinstance(part, int | float) for part in share):
+        fits = False
     else:
         fits = len(share) == arms and min(share) >= 0 and abs(sum(share) - 1) < 1e-6
     if fits:

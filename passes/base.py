@@ -84,7 +84,7 @@ class Pass(ABC):
             The sites that were rewritten and the places that were refused.
 
         Raises:
-            PassError: No site, an order that is not legal, or a rewrite that cannot run.
+            PassError: No site, an order that is not legal, a rewrite that cannot run, or a model that gives NaN.
             InexactError: A rewrite that changes the output.
         """
         context = f"pass `{self.name}`" + (f" (after {', '.join(ran)})" if ran else "")
@@ -99,6 +99,9 @@ class Pass(ABC):
             none = "the graph offers none" + (f" of what it rewrites, {self.seeks}" if self.seeks else "")
             raise PassError(f"{context} found no site: {reasons or none}")
         expected = _outputs(graph)
+        if any(isinstance(leaf, torch.Tensor) and bool(leaf.isnan().any()) for run in expected for leaf in run):
+            advice = "look at the model's weights, or pass other example_inputs"
+            raise PassError(f"{context}: the model itself gives NaN for its example inputs; {advice}")
         old = set(graph.fx.nodes)
         for site in chosen:
             try:

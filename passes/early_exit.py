@@ -11,7 +11,7 @@ from dyncompile.features import POOLS, class_dim, feature, is_padding, token_mas
 from dyncompile.graph import Graph, Spec, spec
 from dyncompile.leaving import leave
 from dyncompile.nn import Criterion, Exit, Feature, build_head, certainty
-from dyncompile.nn.criteria import REDUCTIONS, reads_earlier
+from dyncompile.nn.criteria import REDUCTIONS, check_criterion, reads_earlier
 from dyncompile.passes.base import Pass, Refusal, Site, find
 from dyncompile.placement import place, prefixes
 from dyncompile.shapes import module_flops
@@ -72,7 +72,8 @@ class EarlyExit(Pass):
         if self.head == "clone" and self.features == "dense":
             raise ArgumentError("features", found="'dense'", expected="'last' with head='clone', whose input is one")
         count = isinstance(self.exits, int) and not isinstance(self.exits, bool) and self.exits >= 1
-        paths = not isinstance(self.exits, int | str) and len(self.exits) > 0
+        several = isinstance(self.exits, Sequence) and not isinstance(self.exits, str) and len(self.exits) > 0
+        paths = several and all(isinstance(path, str) for path in self.exits)  # type: ignore[union-attr]
         if not (count or paths or self.exits == "all"):
             raise ArgumentError("exits", found=repr(self.exits), expected='a number >= 1, module paths, or "all"')
 
@@ -81,6 +82,11 @@ class EarlyExit(Pass):
     def sites(self, graph: Graph) -> Iterator[Site | Refusal]:
         """Cut points worth an exit, in order of execution."""
         target = spec(graph.prediction)
+        if graph.task == "classification":
+            sizes = list(target.shape)
+            check_criterion(
+                certainty(self.criterion), [sizes.pop(class_dim(target)), *sizes[1:]], graph.inputs[0].device
+            )
         if self.features == "dense" and len(target.shape) > 2:
             raise ArgumentError("features", found=f"'dense' for an output {list(target.shape)}", expected="'last'")
         if self.head == "clone" and graph.task == "regression":

@@ -144,6 +144,8 @@ def test_cost_in_measured_time(untrained):
         part.cost for part in (*result.exits, result.final) if part.enabled
     ]
     assert list(dyn.exit_costs(unit="flops").values()) != list(dyn.exit_costs(unit="time").values())
+    with pytest.raises(ArgumentError, match="`unit`: found 's'; expected 'flops' or 'time'"):
+        dyn.exit_costs(unit="s")
 
 
 def test_same_seed_same_result(digits):
@@ -241,6 +243,14 @@ def test_regression(device):
     assert_exact(greedy, dyn, x, y, device)
     with pytest.raises(ArgumentError, match="excess_error"):
         calibrate(dyn, (x, y))
+    with pytest.raises(DataError, match=r"`data`: found targets \[64, 4\] for predictions \[64, 1\]"):
+        calibrate(dyn, (x, x), max_drop=0.2, risk=excess_error(scale=10.0))
+    with pytest.raises(ArgumentError, match="`risk`: found one that stops: .*; expected a loss that is called with"):
+        calibrate(dyn, (x, y), risk=lambda prediction: prediction)
+    with pytest.raises(ArgumentError, match="`seed`: found -1"):
+        calibrate(dyn, (x, y), risk=excess_error(scale=10.0), seed=-1)
+    with pytest.raises(ArgumentError, match="`dyn`: found a Sequential; expected a dynamic model"):
+        greedy.apply(model)
 
 
 def test_temperature_is_the_likeliest():

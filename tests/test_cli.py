@@ -1,12 +1,17 @@
 """The command line: a whole way through it, and what it says to bad input."""
 
 import json
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch._dynamo
+from safetensors.torch import load_file
 
 MODELS = """
 import torch
@@ -77,6 +82,43 @@ def test_from_convert_to_bench(run, model, needs, device):
     assert "dynamic, lowered" in out
 
 
+KILLED = """
+import os, signal
+import torch
+
+from dyncompile.training.checkpoints import WholeCheckpoints
+
+save = WholeCheckpoints.save_checkpoint
+
+def kill(self, checkpoint, path, storage_options=None):
+    save(self, checkpoint, path, storage_options)
+    if checkpoint["epoch"] == 1 and path.endswith("last.ckpt"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+WholeCheckpoints.save_checkpoint = kill
+"""
+
+
+@pytest.mark.slow
+def test_fine_tuning_that_is_killed_is_resumed(run, model, needs, tmp_path):
+    needs("sklearn")
+    needs("lightning")
+    assert run("convert", model, "dyn", "-o", "exits=1", "--input-shape", "1,16,16")[0] == 0
+    shutil.copytree("dyn", "whole")
+    arguments = ("--epochs", "3", "--mode", "joint")
+    here = Path(__file__).parent
+    code = f"import sys; sys.path.insert(0, {str(here)!r}); import conftest\n{KILLED}"
+    code += f"from dyncompile.cli import main\nmain(['finetune', {model!r}, 'dyn', *{arguments!r}])"
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert run("finetune", model, "dyn", *arguments, "--resume")[0] == 0
+    assert run("finetune", model, "whole", *arguments)[0] == 0
+    resumed, whole = (load_file(f"{folder}/model.safetensors") for folder in ("dyn", "whole"))
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
+    assert len(Path("dyn/finetune/csv/version_1/metrics.csv").read_text().splitlines()) > 1  # it went on
+
+
 def test_data_come_in_the_shape_that_the_model_was_captured_with(run, model, needs):
     image = needs("PIL.Image")
     needs("sklearn")
@@ -128,6 +170,10 @@ def test_inspect_shows_what_convert_would_do(run, model):
         (["demo", "--data", "letters"], "`data`: found 'letters'"),
         (["demo", "--data", "none.py:images"], "`data`: found no file none.py"),
         (["demo", "--device", "abacus"], "`device`: found 'abacus'"),
+        (["demo", "--max-drop", "0"], "`max_drop`: found 0.0; expected between 0 and 1"),
+        (["demo", "--confidence", "1"], "`confidence`: found 1.0; expected between 0 and 1"),
+        (["demo", "--seed", "-1"], "`seed`: found -1; expected a whole number, at least 0"),
+        (["demo", "--data", "imagefolder:none"], "`data`: found no folder none"),
         (["demo", "--depth", "19"], "`depth`: found 19; expected 6n + 2"),
     ],
 )

@@ -219,5 +219,5 @@ def test_items_of_another_form_are_named(item, found):
 
 
 def test_batch_size_is_positive():
-    with pytest.raises(ArgumentError, match="`batch_size`: found 0; expected at least 1"):
+    with pytest.raises(ArgumentError, match="`batch_size`: found 0; expected a whole number, at least 1"):
         as_loader(pair(), batch_size=0)

@@ -1,5 +1,6 @@
 """The main job, at the smallest size: repeatable, resumable, complete."""
 
+import copy
 import dataclasses
 import io
 import json
@@ -60,3 +61,48 @@ def test_demo(settings, tmp_path, device):
     assert outcome(resumed) == outcome(first)
     with pytest.raises(ArgumentError, match=r"`resume`: found epochs=3; expected epochs=2"):
         run(dataclasses.replace(settings, resume=True, epochs=3), console)
+
+
+def stop(*_, **__):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_only_a_resumption_takes_up_what_was_left(settings, monkeypatch, resume):
+    console = Console(file=io.StringIO())
+    monkeypatch.setattr("dyncompile.demo.run.train", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, console)
+    left = [settings.out / "resnet8-8.safetensors", settings.out / "finetune" / "last.ckpt"]
+    left[1].parent.mkdir()
+    for path in left:
+        path.touch()
+    if resume:
+        with pytest.raises(ArgumentError, match="`resume`: found .*resnet8-8.safetensors, which is corrupt"):
+            run(dataclasses.replace(settings, resume=True), console)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            run(settings, console)
+    assert [path.exists() for path in left] == [resume, resume]
+
+
+def test_a_resumption_draws_the_same_heads(settings, monkeypatch):
+    drawn = []
+
+    def note(dyn, *_, **__):
+        drawn.append(copy.deepcopy(dyn.state_dict()))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dyncompile.finetune", note)
+    for resume in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            run(dataclasses.replace(settings, epochs=1, resume=resume), Console(file=io.StringIO()))
+    first, resumed = drawn
+    assert all(torch.equal(value, resumed[name]) for name, value in first.items())
+
+
+def test_settings_that_cannot_be_read_are_told(settings):
+    settings.out.mkdir()
+    (settings.out / "settings.json").write_text("{")
+    with pytest.raises(ArgumentError, match="`resume`: found .*settings.json, which is corrupt"):
+        run(dataclasses.replace(settings, resume=True), Console(file=io.StringIO()))

@@ -201,6 +201,15 @@ def test_temperature_threshold_and_dtype(device, images):
         ({"exits": []}, r"`exits`: found \[\]"),
         ({"exits": True}, "`exits`: found True"),
         ({"exits": "most"}, "`exits`: found 'most'"),
+        ({"exits": 2.5}, "`exits`: found 2.5; expected a number >= 1"),
+        ({"exits": [1]}, r"`exits`: found \[1\]; expected a number >= 1"),
+        ({"criterion": ["margin"]}, r"`criterion`: found \['margin'\]; expected one of"),
+        ({"criterion": lambda logits: logits}, "`criterion`: found one that stops: TypeError"),
+        (
+            {"criterion": lambda logits, _: logits},
+            r"`criterion`: found one that returns \[2, 5\] for logits \[2, 5\]; expected a callable",
+        ),
+        ({"criterion": lambda logits, _: logits.sum(1) - 9}, "`criterion`: found .*NaN or values outside"),
         ({"depth": 3}, "`options`: found .*'depth'.*; expected options of `early_exit`"),
     ],
 )
@@ -214,6 +223,29 @@ def test_a_wrong_name_suggests_the_nearest(images):
         UnknownStrategyError, match="`strategy`: found 'early_exits'; expected did you mean 'early_exit'?"
     ):
         dc.dynamize(Net(), "early_exits", example_inputs=images)
+
+
+def test_nan_is_told_where_it_comes_from(images, device):
+    model = Net().to(device).eval()
+    with pytest.raises(ArgumentError, match="`example_inputs`: found NaN in `x`"):
+        dc.dynamize(model, example_inputs=images.to(device) * torch.nan)
+    next(model.parameters()).data.fill_(torch.nan)
+    with pytest.raises(PassError, match="the model itself gives NaN for its example inputs"):
+        dc.dynamize(model, example_inputs=images.to(device))
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (lambda m: m, {"batch_dims": 0}, "`batch_dims`: found 0; expected a mapping"),
+        (lambda m: m, {"batch_dims": {"x": "0"}}, r"`batch_dims\['x'\]`: found 0; expected a dim"),
+        (lambda m: m.to("meta"), {}, "`example_inputs`: found a model or inputs on `meta`"),
+        (torch.compile, {}, "`model`: found what torch.compile returned; expected its model"),
+    ],
+)
+def test_what_cannot_be_captured_as_it_is(images, device, make, options, message):
+    with pytest.raises(ArgumentError, match=message):
+        dc.dynamize(make(Net().to(device)), example_inputs=images.to(device), **options)
 
 
 def test_a_model_without_cut_points(device):

@@ -93,11 +93,22 @@ def test_shares_of_arms_are_right_on_average_at_batch_one(dyn, device):
         ({"large": torch.tensor([0, 2])}, r"found torch.int64 \[2\]; expected arms, integers in \[0, 2\)"),
         ({"large": torch.rand(20)}, "expected arms, integers"),
         ({"rows": [0.5, 0.5]}, r"found \[0.5, 0.5\]; expected a share in \[0, 1\] or a mask"),
+        (None, "`shares`: found None; expected a mapping from names, or a sequence"),
+        ("rows", "`shares`: found 'rows'; expected a mapping"),
+        ({"rows": None}, r"`shares\['rows'\]`: found None; expected a share"),
+        ({"rows": torch.rand(20)}, "expected a mask of bool"),
         ({"other": 0.5}, r"found 'other'; expected names among \['rows', 'large'\]"),
     ],
 )
 def test_shares_that_do_not_fit_are_refused(dyn, shares, message):
     with pytest.raises(ArgumentError, match=message), forced(dyn, shares):
+        pass
+
+
+def test_a_static_model_has_no_decisions_to_force(dyn):
+    with pytest.raises(ArgumentError, match="`model`: found a Linear"), forced(torch.nn.Linear(2, 2), {"rows": 0.5}):
+        pass
+    with pytest.raises(ArgumentError, match="`seed`: found 'a'"), forced(dyn, {"rows": 0.5}, seed="a"):
         pass
 
 

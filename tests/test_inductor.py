@@ -218,6 +218,19 @@ def test_code_that_asks_for_the_batch_size_gets_one_program_a_range(device: torc
     assert compiled.programs == 2
 
 
+@pytest.mark.parametrize("first", [4, 5])
+def test_a_batch_at_which_sizes_are_equal_by_chance_gets_a_program_of_its_own(device: torch.device, first: int) -> None:
+    class Chance(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor]:
+            return (x * 2 if x.shape[0] * x.shape[1] == 24 else x * 3,)
+
+    module = Chance()
+    compiled = compile_module(module, [torch.randn(first, 6, device=device)])
+    for batch in (4, 5, 1, 33, 4):
+        check(compiled, module, [torch.randn(batch, 6, device=device)])
+    assert compiled.programs == 2
+
+
 def test_whole_module_returns_its_leaves(device: torch.device) -> None:
     class Nested(nn.Module):
         def forward(self, x: Tensor) -> dict[str, Tensor | list[Tensor]]:

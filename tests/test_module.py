@@ -140,6 +140,23 @@ def test_cast_and_load(dyn: dc.DynamicModule, device: torch.device) -> None:
     assert other.static()(x).abs().sum() == 0
 
 
+def test_inputs_of_another_dtype_or_device_are_named(dyn: dc.DynamicModule, device: torch.device) -> None:
+    x = inputs(device)
+    for run in (dyn, dyn.trace):
+        for wrong, found in ((x.double(), f"torch.float64 on {x.device}"), (x.long(), f"torch.int64 on {x.device}")):
+            with pytest.raises(ArgumentError, match=f"`x`: found {found}; expected torch.float32 on {x.device}"):
+                run(wrong)
+        with pytest.raises(
+            ArgumentError, match=f"`x`: found torch.float32 on meta; expected torch.float32 on {x.device}"
+        ):
+            run(x.to("meta"))
+    half = copy.deepcopy(dyn).bfloat16()
+    with pytest.raises(ArgumentError, match="`x`: found torch.float32 on .*; expected torch.bfloat16"):
+        half(x)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        assert dyn(x.bfloat16()).isfinite().all()  # autocast converts, so this is no mistake
+
+
 def test_torch_compile_takes_it_whole(dyn: dc.DynamicModule, device: torch.device) -> None:
     for exit_ in dyn.exits.values():
         exit_.enabled.fill_(True)

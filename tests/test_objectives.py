@@ -191,11 +191,12 @@ def test_regression(device):
     assert Distillation(alpha=0)(trace, targets).item() == near(apart)
 
 
-def test_learned_confidence_is_least_at_what_it_teaches(device):
+@pytest.mark.parametrize("shape", [(N,), (N, 1)])
+def test_learned_confidence_is_least_at_what_it_teaches(device, shape):
     confidence = {name: torch.full((N,), 0.5, device=device, requires_grad=True) for name in ("exit0", "exit1")}
-    trace = make_trace(device, (N, 1), confidence=confidence)
+    trace = make_trace(device, shape, confidence=confidence)
     targets = torch.randn(N, device=device)
-    errors = [(p[:, 0] - targets) ** 2 for p in (*trace.exits.values(), trace.final)]
+    errors = [(p.reshape(N) - targets) ** 2 for p in (*trace.exits.values(), trace.final)]
     scale = torch.stack(errors).mean()
     expected = sum(((0.5 - torch.exp(-e / scale)) ** 2).mean() for e in errors[:2])
     loss = LearnedConfidence(weight=2.0)(trace, targets)
@@ -226,7 +227,7 @@ def test_half_precision_is_taken_to_float32(device, labels):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: MultiExit(weights=[1, -1, 1]), r"`weights`: found \[1, -1, 1\]"),
+        (lambda: MultiExit(weights=[1, -1, 1]), "`weights`: found -1; expected numbers that are not negative"),
         (lambda: MultiExit(weights={"exit0": math.nan}), "`weights`: found"),
         (lambda: Distillation(alpha=1.5), r"`alpha`: found 1.5; expected a number in \[0, 1\]"),
         (lambda: Distillation(temperature=0), "`temperature`: found 0"),
@@ -234,6 +235,11 @@ def test_half_precision_is_taken_to_float32(device, labels):
         (lambda: ExpectedCost(weight=0), "`weight`: found 0"),
         (lambda: ExpectedCost(target=-1), "`target`: found -1"),
         (lambda: LearnedConfidence(weight=-1), "`weight`: found -1"),
+        (lambda: LearnedConfidence(weight=None), "`weight`: found None"),
+        (lambda: Distillation(alpha="a"), "`alpha`: found 'a'"),
+        (lambda: MultiExit(weights=3), "`weights`: found 3; expected one number for each exit"),
+        (lambda: MultiExit(weights={"exit0": "a"}), "`weights`: found 'a'"),
+        (lambda: MultiExit()(torch.zeros(2), torch.zeros(2)), "`trace`: found a Tensor; expected what `dyn.trace"),
     ],
 )
 def test_values_that_mean_nothing_are_refused(make, message):
@@ -249,6 +255,13 @@ def test_weights_belong_to_exits_that_exist(trace, labels):
 
 
 def test_targets_have_a_shape_that_fits(trace, labels):
+    with pytest.raises(ArgumentError, match="`targets`: found a list; expected a tensor"):
+        MultiExit()(trace, labels.tolist())
+    if labels.device.type == "cpu":  # elsewhere torch asserts in a kernel
+        with pytest.raises(DataError, match=r"found labels from 1 to 4; expected integers in \[0, 4\)"):
+            MultiExit()(trace, labels + 1)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        MultiExit() + 3
     with pytest.raises(DataError, match=r"found targets \[6, 1\] for predictions \[6, 4\]"):
         MultiExit()(trace, labels[:, None])
     with pytest.raises(DataError, match="expected one shape for both"):

@@ -328,6 +328,14 @@ def test_gallery_keeps_the_ends_whatever_the_batches() -> None:
     assert none.ends() == ([], [])
 
 
+@pytest.mark.parametrize("path", [None, 3, "."])
+def test_a_report_needs_a_file_to_write(calibration: Calibration, tmp_path: Path, monkeypatch, path) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArgumentError, match="`path`: found .*; expected a file to write"):
+        calibration.report(path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_thumbnails_keep_colours_and_order() -> None:
     image = np.zeros((3, 2, 3), dtype=np.float32)
     image[0, 0, 0], image[1, 1, 2] = 5.0, np.nan

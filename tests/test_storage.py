@@ -1,14 +1,17 @@
 """Saving and loading: what comes back, what is refused, and what a kill leaves."""
 
 import copy
+import hashlib
 import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -279,6 +282,7 @@ def test_one_flipped_byte_in_the_weights(folder: Path, place: int) -> None:
         ({"surprise": 1}, "recipe.json is corrupt: `surprise`: Extra inputs"),
         ({"mode": "eval"}, "captured in eval mode, and now only in train mode"),
         ({"arguments": {"x": {"tensor": "y"}}}, r"arguments hold .*which means nothing"),
+        ({"arguments": {"x": {"tensor": ["x"]}}}, "cannot be replayed: TypeError"),
     ],
 )
 def test_recipes_that_are_newer_foreign_or_tampered_with(
@@ -290,7 +294,7 @@ def test_recipes_that_are_newer_foreign_or_tampered_with(
         dc.load(folder, Convolutional().to(device))
 
 
-@pytest.mark.parametrize("content", [b"[1, 2]", b'"text"', b'{"a": 1}', b"\xff\xfe\x00binary"])
+@pytest.mark.parametrize("content", [b"[1, 2]", b'"text"', b'{"a": 1}', b"\xff\xfe\x00binary", b"[" * 100_000])
 def test_recipe_that_is_something_else(folder: Path, content: bytes) -> None:
     (folder / "recipe.json").write_bytes(content)
     with pytest.raises(RecipeError, match=r"recipe.json is (no recipe|corrupt)"):
@@ -311,6 +315,8 @@ def test_missing_third_party_pass_names_its_entry_point(folder: Path, device: to
         ({"options": {"bogus": 1}}, "the installed pass `early_exit` has other options"),
         ({"options": {"head": "bogus"}}, "`head`: found 'bogus'"),
         ({"sites": [{"node": "relu"}]}, "a site of `early_exit` is malformed"),
+        ({"sites": [{"name": "items", "node": "relu"}]}, "cannot be replayed"),
+        ({"sites": [{"name": "exit0", "node": "output"}]}, "cannot be replayed"),
     ],
 )
 def test_steps_that_do_not_fit_the_pass(
@@ -323,9 +329,47 @@ def test_steps_that_do_not_fit_the_pass(
         dc.load(folder, Convolutional().to(device))
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda state, _: state.pop("example_output"), "it has no `example_output`"),
+        (lambda state, _: state.update(example_output=torch.ones(3).long()), "it has no `example_output`"),
+        (lambda _, metadata: metadata.update(aliases="[1]"), "is not what dyncompile.save wrote"),
+        (lambda state, _: state.pop("exits.exit0.threshold"), "the weights do not fit the recipe"),
+    ],
+)
+def test_weights_that_were_written_by_others_under_a_recipe_that_fits(
+    folder: Path, device: torch.device, damage: Callable[..., object], message: str
+) -> None:
+    path = folder / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    state = load_file(path)
+    damage(state, metadata)
+    save_file(state, path, metadata)
+    recipe = json.loads((folder / "recipe.json").read_text())
+    recipe["weights"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    with pytest.raises(RecipeError, match=message):
+        dc.load(folder, Convolutional().to(device))
+
+
+@pytest.mark.parametrize("name", ["recipe.json", "model.safetensors"])
+def test_folders_in_the_place_of_files_are_left(dyn: dc.DynamicModule, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(ArgumentError, match=f"`folder`: found .*{name}, a folder"):
+        dc.save(dyn, tmp_path, force=True)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_wrong_arguments(dyn: dc.DynamicModule, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="`model`: found DynamicModule"):
         dc.load(folder, dyn)
+    for wrong in (None, 3, b"folder"):
+        with pytest.raises(ArgumentError, match="`folder`: found .*; expected a path"):
+            dc.save(dyn, wrong)  # type: ignore[arg-type]
+        with pytest.raises(ArgumentError, match="`folder`: found .*; expected a path"):
+            dc.load(wrong, Convolutional())  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="`dyn`: found Linear"):
         dc.save(nn.Linear(2, 2), tmp_path)  # type: ignore[arg-type]
     (tmp_path / "file").write_text("")

@@ -1,5 +1,6 @@
 import copy
 import logging
+import math
 import random
 import re
 import runpy
@@ -326,6 +327,16 @@ def test_cost_can_be_part_of_the_objective(dyn):
         ({"patience": 1}, "`patience`: found 1; expected val_data beside it"),
         ({"resume": True}, "`directory`: found None"),
         ({"batch_size": 0}, "`batch_size`: found 0"),
+        ({"batch_size": "a"}, "`batch_size`: found 'a'"),
+        ({"epochs": None}, "`epochs`: found None"),
+        ({"lr": "a"}, "`lr`: found 'a'; expected a number above 0"),
+        ({"lr": math.inf}, "`lr`: found inf"),
+        ({"seed": -1}, "`seed`: found -1; expected a whole number, at least 0"),
+        ({"optimizer": "adam"}, "`optimizer`: found 'adam'; expected what makes one"),
+        ({"directory": 3}, "`directory`: found 3; expected a path"),
+        ({"max_epochs": 3}, "`max_epochs`: found an option of the Trainer; expected `epochs` in its place"),
+        ({"accelerator": "tpuu"}, "`trainer_options`: found .*accelerator='tpuu'"),
+        ({"nonsense": 1}, "`trainer_options`: found .*unexpected keyword argument 'nonsense'"),
     ],
 )
 def test_arguments_without_meaning_are_refused(dyn, options, message):
@@ -362,6 +373,14 @@ def test_bad_data_in_the_middle_of_a_loader_leaves_the_model_consistent(dyn):
         finetune(dyn, loader)
     assert not any(module.training for module in dyn.modules())
     assert all(parameter.requires_grad for parameter in dyn.parameters())
+
+
+def test_a_last_batch_of_one_sample_is_told():
+    layers = [nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)]
+    dyn = dc.dynamize(nn.Sequential(*layers), exits=1)
+    loader = DataLoader(TensorDataset(torch.randn(9, 4), torch.arange(9) % 3), batch_size=4)
+    with pytest.raises(DataError, match="`train_data`: found a batch of one sample, .*expected drop_last=True"):
+        finetune(dyn, loader, mode="joint")
 
 
 def test_a_model_with_nothing_to_train_is_refused(dyn):

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import conftest  # noqa: F401 - as a script: one thread, operators of torchvision
@@ -121,13 +122,13 @@ def test_an_interrupted_run_resumes_to_the_same_result(born, tmp_path, form):
     assert result.history == expected.history
 
 
-def interrupting():
-    """An interrupt from the keyboard in the third epoch, where workers read the data."""
+def interrupting(epoch=2):
+    """An interrupt from the keyboard in the middle of an epoch, from the training loop itself."""
     from lightning.pytorch import Callback
 
     class Interrupting(Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-            if trainer.current_epoch == 2 and batch_idx == 1:
+            if trainer.current_epoch == epoch and batch_idx == 1:
                 raise KeyboardInterrupt
 
     return Interrupting()
@@ -169,11 +170,66 @@ def test_not_resuming_starts_anew(born, tmp_path):
     assert sorted(p.name for p in tmp_path.glob("*.ckpt")) == ["best.ckpt", "last.ckpt"]
 
 
+def test_a_run_that_starts_anew_leaves_no_checkpoint_of_another(born, tmp_path):
+    train(copy.deepcopy(born), (X, Y), tmp_path, epochs=2, lr=0.5)
+    options = {"lr": 1e-3, "callbacks": [interrupting(epoch=0)]}
+    with pytest.raises(KeyboardInterrupt):  # before its own first checkpoint
+        train(copy.deepcopy(born), (X, Y), tmp_path, **options)
+    whole, resumed = copy.deepcopy(born), copy.deepcopy(born)
+    expected = train(whole, (X, Y), None, lr=1e-3)
+    assert train(resumed, (X, Y), tmp_path, lr=1e-3, resume=True).history == expected.history
+    assert_equal(whole, resumed)
+
+
+def test_a_checkpoint_is_whole_or_the_one_before(born, tmp_path, monkeypatch):
+    whole, cut = copy.deepcopy(born), copy.deepcopy(born)
+    expected = train(whole, (X, Y), tmp_path / "whole")
+    written = []
+    save = torch.save
+
+    def torn(checkpoint, file, *args, **kwargs):
+        written.append(checkpoint)
+        if len(written) == 5:  # the best and the last of two epochs, then half of a third
+            file.write(b"PK\x03\x04")
+            raise KeyboardInterrupt
+        save(checkpoint, file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", torn)
+    # Nor is a checkpoint copied over the one before from another disk.
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(KeyboardInterrupt):
+        train(cut, (X, Y), tmp_path / "cut")
+    monkeypatch.undo()
+    assert sorted(p.name for p in (tmp_path / "cut").glob("*.*")) == ["best.ckpt", "last.ckpt"]
+    resumed = copy.deepcopy(born)
+    assert train(resumed, (X, Y), tmp_path / "cut", resume=True).history == expected.history
+    assert_equal(whole, resumed)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:2000]), "which cannot be read"),
+        (lambda path: path.write_bytes(b""), "which cannot be read"),
+        (lambda path: path.write_text("notes"), "which cannot be read"),
+        (lambda path: torch.save({"state_dict": {}}, path), "not of `finetune`"),
+    ],
+)
+def test_a_damaged_or_foreign_checkpoint_is_refused(born, tmp_path, damage, message):
+    torch.save({"dyncompile": {}, "state_dict": {"x": torch.zeros(999)}}, tmp_path / "last.ckpt")
+    damage(tmp_path / "last.ckpt")
+    dyn = copy.deepcopy(born)
+    with pytest.raises(ArgumentError, match=rf"`directory`: found .*last.ckpt, {message}.*resume=False"):
+        train(dyn, (X, Y), tmp_path, resume=True)
+    assert_equal(dyn, born)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"mode": "heads"}, "`mode`: found 'heads'; expected 'joint', with which the checkpoint"),
         ({"seed": 1}, "`seed`: found 1; expected 0"),
+        ({"lr": 1.0}, "`lr`: found 1.0; expected 0.002, with which the checkpoint was made"),
         ({"epochs": 1}, "`epochs`: found 1; expected at least the 2"),
     ],
 )

@@ -19,6 +19,7 @@ from dyncompile.calibration.temperature import TEMPERATURES, fit_temperatures
 from dyncompile.calibration.usage import Usage, decisions_by_group, work
 from dyncompile.errors import ArgumentError
 from dyncompile.module import DynamicModule, Unit
+from dyncompile.values import whole
 
 _DEFAULT_DROP = 0.01
 
@@ -97,6 +98,7 @@ def calibrate(
     target = Target(max_drop=max_drop, max_cost=max_cost, confidence=confidence, method=method)
     if unit not in {"flops", "time"}:
         raise ArgumentError("unit", found=repr(unit), expected="'flops' or 'time'")
+    whole("seed", seed, least=0)
     groups = trained_groups(dyn) if len(getattr(dyn, "gates", ())) else {}
     if not groups and not len(getattr(dyn, "exits", ())):
         expected = "dynamize(model, strategy='early_exit'), or another strategy"

@@ -12,7 +12,8 @@ from typing import TypeAlias
 from torch import Tensor
 
 from dyncompile.calibration.temperature import mean_of_labelled
-from dyncompile.errors import ArgumentError
+from dyncompile.errors import ArgumentError, DataError
+from dyncompile.values import positive
 
 Loss: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -65,10 +66,12 @@ def excess_error(scale: float) -> Loss:
         >>> loss(prediction, torch.tensor([[1.0], [1.0]]), final)
         tensor([1., 0.])
     """
-    if not scale > 0:
-        raise ArgumentError("scale", found=scale, expected="above 0")
+    positive("scale", scale)
 
     def loss(prediction: Tensor, targets: Tensor, final: Tensor) -> Tensor:
+        if targets.shape not in {prediction.shape, prediction.shape[:-1]} or prediction.numel() != targets.numel():
+            found = f"targets {list(targets.shape)} for predictions {list(prediction.shape)}"
+            raise DataError("data", found=found, expected="one shape for both")
         targets = targets.reshape(prediction.shape)
         excess = (prediction - targets).abs() - (final - targets).abs()
         return (excess.reshape(len(excess), -1).mean(1) / scale).clamp(0, 1)

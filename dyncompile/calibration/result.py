@@ -171,7 +171,9 @@ class Calibration:
         from dyncompile.calibration.knobs import OPEN, gate_groups, turn
 
         names = [setting.name for setting in self.exits]
-        exits: Any = dyn.exits
+        exits: Any = getattr(dyn, "exits", None)
+        if exits is None:
+            raise ArgumentError("dyn", found=f"a {type(dyn).__name__}", expected="a dynamic model")
         if set(exits) != set(names):
             found = f"the exits {', '.join(exits) or 'none'}"
             raise ArgumentError("dyn", found=found, expected=", ".join(names) or "no exits")

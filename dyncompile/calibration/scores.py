@@ -351,7 +351,11 @@ def _check_labels(logits: Tensor, targets: Tensor) -> None:
 
 
 def _loss(loss: Loss, prediction: Tensor, targets: Tensor, final: Tensor) -> Tensor:
-    values: Any = loss(prediction, targets, final)
+    try:
+        values: Any = loss(prediction, targets, final)
+    except TypeError as error:
+        expected = "a loss that is called with (prediction, targets, final)"
+        raise ArgumentError("risk", found=f"one that stops: {error}", expected=expected) from error
     if not isinstance(values, Tensor) or values.shape != (len(prediction),):
         found = f"shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         raise ArgumentError("risk", found=found, expected="a tensor [N], one loss per sample")

@@ -71,7 +71,8 @@ def capture(
     root = model if inplace else _copied(model)
     _forget_cache(root)
     inputs = [t.detach() for t in signature.flatten(args, kwargs or {})]
-    dims = _batch_dims(signature, inputs, batch_dims or {})
+    _check_values(model, signature, inputs)
+    dims = _batch_dims(signature, inputs, {} if batch_dims is None else batch_dims)
     attempt = functools.partial(
         _attempt, root, signature, resize(tuple(inputs), dims, 3), dims, prediction, prediction_only
     )
@@ -220,13 +221,26 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}{place}"
 
 
-def _batch_dims(signature: Signature, inputs: list[Tensor], given: Mapping[str, int | None]) -> tuple[int | None, ...]:
+def _check_values(model: nn.Module, signature: Signature, inputs: list[Tensor]) -> None:
+    """Refuse example inputs that hold no values, or NaN."""
+    tensors = (*model.parameters(), *model.buffers(), *inputs)
+    if any(t.is_meta for t in tensors):
+        raise ArgumentError("example_inputs", found="a model or inputs on `meta`", expected="both with values")
+    for name, tensor in zip(signature.names, inputs, strict=True):
+        if tensor.is_floating_point() and bool(tensor.isnan().any()):
+            raise ArgumentError("example_inputs", found=f"NaN in `{name}`", expected="numbers")
+
+
+def _batch_dims(signature: Signature, inputs: list[Tensor], given: Any) -> tuple[int | None, ...]:
     """The batch dim of every input: as given, else 0 where the leading size is the batch's."""
     ranks = {name: t.dim() for name, t in zip(signature.names, inputs, strict=True)}
+    if not isinstance(given, Mapping):
+        expected = f"a mapping from names among {list(signature.names)}"
+        raise ArgumentError("batch_dims", found=repr(given), expected=expected)
     for name, dim in given.items():
         if name not in ranks:
             raise ArgumentError("batch_dims", found=repr(name), expected=f"names among {list(signature.names)}")
-        if dim is not None and not 0 <= dim < ranks[name]:
+        if dim is not None and not (isinstance(dim, int) and 0 <= dim < ranks[name]):
             expected = f"a dim of an input with {ranks[name]} dims"
             raise ArgumentError(f"batch_dims[{name!r}]", found=dim, expected=expected)
     dims = [given.get(name, 0 if rank else None) for name, rank in ranks.items()]

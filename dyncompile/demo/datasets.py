@@ -207,8 +207,10 @@ def image_folder(folder: Path, *, seed: int = 0, shape: tuple[int, ...] = (3, 32
         found = f"pictures in {folder}"
         raise DataError("data", found=found, expected=f"{list(shape)}, as the model was captured with")
     channels, height, width = shape
+    if not folder.is_dir():
+        raise DataError("data", found=f"no folder {folder}", expected="one with a sub-folder of pictures per class")
     pil = require("PIL.Image", extra="demo")
-    classes = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
     files = [
         (path, label)
         for label, name in enumerate(classes)

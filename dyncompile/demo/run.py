@@ -11,17 +11,20 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dyncompile as dc
+from dyncompile.calibration.certify import Target
 from dyncompile.data import find_device
 from dyncompile.demo.datasets import Images, load
 from dyncompile.demo.measure import fastest, has_compiler, take_turns
 from dyncompile.demo.models import ResNet
 from dyncompile.demo.train import Augmented, Schedule, accuracy, train
 from dyncompile.errors import ArgumentError
+from dyncompile.values import whole
 
 FEW = 10_000
 """Training sets smaller than this are passed more often, and take no less precision."""
@@ -101,8 +104,11 @@ def run(settings: Settings, console: Console) -> dict[str, Row]:
         settings,
         epochs=settings.epochs or (20 if few else 6),
         finetune_epochs=settings.finetune_epochs or (20 if few else 3),
-        max_drop=settings.max_drop or (0.015 if few else 0.01),
+        max_drop=(0.015 if few else 0.01) if settings.max_drop is None else settings.max_drop,
     )
+    # Before anything is trained for them.
+    Target(max_drop=settings.max_drop, confidence=settings.confidence)
+    whole("seed", settings.seed, least=0)
     _remember(settings)
     console.print(
         f"[bold]{images.name}[/]: {len(images.train)} images {list(images.shape)} to train, "
@@ -110,6 +116,7 @@ def run(settings: Settings, console: Console) -> dict[str, Row]:
     )
     static = _static(settings, images, settings.depth, settings.width, console)
     with _step(console, "convert"):
+        torch.manual_seed(settings.seed)  # heads are drawn; a resumption has not trained before
         example = images.train.tensors[0][:2].to(settings.device)
         dyn = dc.dynamize(static, "early_exit", head="conv", example_inputs=(example,))
     dc.finetune(
@@ -182,7 +189,10 @@ def _static(settings: Settings, images: Images, depth: int, width: int, console:
     torch.manual_seed(settings.seed)
     model = _resnet(images, depth, width).to(settings.device)
     if settings.resume and path.exists():
-        model.load_state_dict(load_file(path, device=settings.device))
+        try:
+            model.load_state_dict(load_file(path, device=settings.device))
+        except (SafetensorError, RuntimeError) as error:
+            raise ArgumentError("resume", found=f"{path}, which is corrupt", expected="a run to resume") from error
         return model.eval()
     assert settings.epochs is not None
     schedule = Schedule(
@@ -217,7 +227,10 @@ def _flops(images: Images, depth: int, width: int) -> int:
 
 
 def _remember(settings: Settings) -> None:
-    """Write the settings beside the results; a run is resumed with the same ones only."""
+    """Write the settings beside the results; a run is resumed with the same ones only.
+
+    One that starts anew removes the weights of a run before, which a resumption would take for its own.
+    """
     path = settings.out / "settings.json"
     now = {
         key: str(value) if isinstance(value, Path) else value
@@ -225,14 +238,22 @@ def _remember(settings: Settings) -> None:
         if key not in {"out", "report", "resume"}
     }
     if settings.resume and path.exists():
-        before = json.loads(path.read_text())
+        try:
+            before = json.loads(path.read_text())
+        except ValueError as error:
+            raise ArgumentError("resume", found=f"{path}, which is corrupt", expected="a run to resume") from error
         changed = [key for key, value in now.items() if before.get(key) != value]
         if changed:
             found = ", ".join(f"{key}={now[key]}" for key in changed)
             expected = ", ".join(f"{key}={before.get(key)}" for key in changed)
             raise ArgumentError("resume", found=found, expected=f"{expected}, as before")
     settings.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(now, indent=2) + "\n")
+    if not settings.resume or not path.exists():
+        for left in (*settings.out.glob("resnet*.safetensors"), *settings.out.glob("finetune/*.ckpt")):
+            left.unlink()
+    draft = path.with_suffix(".part")
+    draft.write_text(json.dumps(now, indent=2) + "\n")
+    draft.replace(path)
 
 
 def _table(rows: dict[str, Row], settings: Settings) -> Table:

@@ -119,6 +119,7 @@ class _Program:
         run: Takes a list of the batch size and the tensors, and empties it.
         symbol: The batch size, a sympy symbol.
         guards: What was assumed of it, sympy relations.
+        only: The one batch size that it serves, where there is only one.
         source: The code of `run`.
         constants: Names under which the code reads what folding made of the weights.
         folding: How that was made; None where the program cannot be shared.
@@ -127,11 +128,14 @@ class _Program:
     run: Callable[[list[Any]], Sequence[Tensor]]
     symbol: Any
     guards: tuple[Any, ...]
+    only: int | None
     source: str
     constants: tuple[str, ...]
     folding: Folding | None
 
     def serves(self, batch: int) -> bool:
+        if self.only is not None:
+            return batch == self.only
         return all(guard.subs(self.symbol, batch) for guard in self.guards)
 
     def of(self, weights: Sequence[Tensor]) -> "_Program":
@@ -210,11 +214,29 @@ class CompiledSegment:
         program = next((p for p in self._programs if p.serves(batch)), None)
         if program is None:
             program = self._compile(max(batch, 2))
+            if program.only is not None and all(other.only is not None for other in self._programs):
+                self._programs.append(self._for_others(max(batch, 2)))
             self._programs.append(program)
-            if not program.guards:
+            if not program.guards and program.only is None:
                 self._segment = self._weights = self._like = None  # no other program will be needed
+            program = next((p for p in self._programs if p.serves(batch)), program)
         self.serving[batch] = program.run
         return program.run
+
+    def _for_others(self, batch: int) -> _Program:
+        """A program for other batch sizes than one at which sizes that inductor compares are equal by chance.
+
+        Raises:
+            LoweringError: It is no chance: there are none.
+        """
+        tied = LoweringError(f"the segment computes something tied to the example's batch size, {batch}")
+        try:
+            program = self._compile(batch + 1)
+        except Exception as error:  # what torch raises where shapes do not fit can be anything
+            raise tied from error
+        if program.only is not None:
+            raise tied
+        return program
 
     def _compile(self, hint: int) -> _Program:
         if self._like is not None:
@@ -268,13 +290,12 @@ class CompiledSegment:
         }
         with torch.no_grad(), config.patch(patches), tracing(TracingContext(fake_mode)), tape.running():
             compile_fx(cast("fx.GraphModule", entry), fakes, inner_compile=keep)
-        if symbol in env.replacements:
-            raise LoweringError(f"the segment computes something tied to the example's batch size, {hint}")
         guards = tuple(guard.expr for guard in env.guards if not _picks_eager_kernel(guard))
         return _Program(
             run=code[0].current_callable,
             symbol=symbol,
             guards=guards,
+            only=hint if symbol in env.replacements else None,
             source=code[0].source_code,
             constants=tuple(held),
             folding=self._folding(tape, list(held.values())),

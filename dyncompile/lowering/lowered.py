@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
@@ -22,8 +23,13 @@ from dyncompile.lowering.plan import Block, Conditional, Plan, Segment, make_pla
 from dyncompile.lowering.program import write_program
 from dyncompile.lowering.runtime import Override, Run, Segments, is_compiled
 from dyncompile.module import DynamicModule, disabled_decisions
+from dyncompile.nn import Exit
+from dyncompile.values import sizes
 
 _NOTHING = contextlib.nullcontext()
+
+_CLEAR = 0.05
+"""Distance of a confidence from its threshold beyond which no rounding changes the decision."""
 
 BACKENDS = ("inductor", "eager")
 _OPTIONS: dict[str, set[str]] = {"inductor": {"cudagraphs"}, "eager": set()}
@@ -58,7 +64,7 @@ class LoweredModule(nn.Module):
         self.backend = backend
         self.snapshot = backend != "eager"
         self.decline = decline
-        self.buckets = tuple(sorted(set(buckets)))
+        self.buckets = tuple(buckets)
         self.options = options
         self.last_run: dict[str, int] = {}
         self._override: Override | None = None
@@ -91,6 +97,7 @@ class LoweredModule(nn.Module):
         self._disabled = disabled_decisions(dyn)
         self._batch_of = next((i, dim) for i, dim in enumerate(dyn.graph.batch_dims) if dim is not None)
         self._dtypes = [dyn.present(t.dtype) for t in dyn.graph.inputs]
+        self._home = dyn.home
         graph = specialise(dyn.graph.fx, self._disabled)
         absorb_activations(graph, dyn)
         self._layout = self.snapshot and _channels_last(dyn)
@@ -136,13 +143,26 @@ class LoweredModule(nn.Module):
                     if not fixed or t.untyped_storage().data_ptr() in pointers
                 )
                 for node, value in zip(segment.outputs, results, strict=True):
-                    if value.is_floating_point() and not same(value, values[node], slack=10.0):
+                    if not self._agree(node, value, values):
                         why = f"`{node.name}`, compiled, differs from eager mode at batch size {batch}"
                         raise LoweringError(f"{why}: lower(dyn, backend='eager') does not compile")
                     # An expanded value has several entries in one place.
                     if not fixed or held[value.untyped_storage().data_ptr()] > 1 or 0 in value.stride():
                         fresh.discard(node)
         return fresh, lent
+
+    def _agree(self, node: fx.Node, value: Tensor, values: dict[fx.Node, Tensor]) -> bool:
+        """Whether a value is what eager mode gives but for rounding; of an exit's decisions where it is none."""
+        expected = values[node]
+        if value.is_floating_point():
+            return same(value, expected, slack=10.0)
+        deciding = _decider(node)
+        module = None if deciding is None else self.dynamic.graph.module_of(deciding)
+        if deciding is None or not isinstance(module, Exit):
+            return True
+        _, confidence, _ = values[deciding]
+        clear = (confidence - module.threshold).abs() > _CLEAR
+        return torch.equal(value[clear], expected[clear])
 
     def _compile(self) -> Segments:
         dyn = self.dynamic
@@ -189,6 +209,7 @@ class LoweredModule(nn.Module):
         wanted = {n for block in self.plan.blocks() for n in (*block.inputs, *block.outputs)}
         wanted.update(n for s in self.plan.segments() for n in (*s.inputs, *s.outputs))
         wanted.update(n for unit in self.plan.demand.units for n in (unit.decision, *unit.selects))
+        wanted.update([module for n in wanted if (module := _decider(n))])
         values: dict[fx.Node, Tensor] = {}
 
         class Recorder(fx.Interpreter):
@@ -204,8 +225,12 @@ class LoweredModule(nn.Module):
         return values
 
     def _cast(self, tensor: Tensor, position: int) -> Tensor:
-        """An input in the dtype that the programs were compiled for; they do not look at it themselves."""
+        """An input as the programs were compiled for; they do not look at it, but read and write where it says."""
         wanted = self._dtypes[position]
+        if tensor.device != self._home or tensor.layout is not torch.strided:
+            name, layout = self.dynamic.graph.signature.names[position], str(tensor.layout).removeprefix("torch.")
+            found = f"a {layout} tensor on {tensor.device}"
+            raise ArgumentError(name, found=found, expected=f"a strided one on {self._home}, where the model is")
         if tensor.dtype == wanted:
             return tensor
         if tensor.is_floating_point() or wanted.is_floating_point or wanted == torch.bool:
@@ -228,7 +253,9 @@ class LoweredModule(nn.Module):
         position, dim = self._batch_of
         count = inputs[position].shape[dim]
         if not self.snapshot:
-            self._dtypes = [self.dynamic.present(t.dtype) for t in graph.inputs]  # the live model may have been cast
+            # The live model may have been moved or cast.
+            self._home = self.dynamic.home
+            self._dtypes = [self.dynamic.present(t.dtype) for t in graph.inputs]
         inputs = [self._cast(t, i) for i, t in enumerate(inputs)]
         if not self.snapshot and (disabled_decisions(self.dynamic) != self._disabled or self.dynamic.training):
             self.relower()
@@ -253,14 +280,14 @@ class LoweredModule(nn.Module):
         Raises:
             ArgumentError: A batch size below 1.
         """
-        sizes = sorted(set(batch_sizes))
-        if not sizes or sizes[0] < 1:
-            raise ArgumentError("batch_sizes", found=sizes, expected="numbers >= 1")
+        wanted = sizes("batch_sizes", batch_sizes)
+        if not wanted:
+            raise ArgumentError("batch_sizes", found="none", expected="one at least")
         for segment in self._segments.values():
             warm = getattr(segment, "warmup", None)
             if warm is not None:
                 # A segment may see any part of a batch: a single row, or several.
-                warm(sorted({1, *sizes}))
+                warm(sorted({1, *wanted}))
         return self
 
     def train(self, mode: bool = True) -> "LoweredModule":
@@ -351,13 +378,18 @@ def lower(
         raise ArgumentError("dyn", found=type(dyn).__name__, expected="what `dyncompile.dynamize` returned")
     if backend not in BACKENDS:
         raise ArgumentError("backend", found=repr(backend), expected=f"one of {BACKENDS}")
-    if any(b < 1 for b in buckets):
-        raise ArgumentError("buckets", found=list(buckets), expected="sizes >= 1")
+    buckets = sizes("buckets", buckets)
     unknown = sorted(set(options) - _OPTIONS[backend])
     if unknown:
         raise ArgumentError("options", found=unknown, expected=f"of {backend!r}: {sorted(_OPTIONS[backend])}")
     decline = backend == "inductor" if decline is None else decline
     return LoweredModule(dyn, backend=backend, decline=decline, buckets=buckets, options=options)
+
+
+def _decider(node: fx.Node) -> fx.Node | None:
+    """The module that a node is the decision of."""
+    decides = node.meta.get("tap", ("",))[0] == "decision" and node.target is operator.getitem
+    return node.all_input_nodes[0] if decides else None
 
 
 def _check_exits(dyn: DynamicModule) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -103,9 +103,38 @@ def certainty(name: str | Criterion) -> Criterion:
     """
     if callable(name):
         return name
-    if name not in CRITERIA:
+    if str(name) not in CRITERIA:
         raise ArgumentError("criterion", found=repr(name), expected=f"one of {sorted(CRITERIA)} or a callable")
     return CRITERIA[name]
+
+
+def check_criterion(criterion: Criterion, shape: Sequence[int], device: torch.device) -> None:
+    """Try a criterion of the user's own on two predictions.
+
+    Args:
+        criterion: What is tried, unless it is one of `CRITERIA`.
+        shape: Of the logits of one sample, classes first: `(K, ...)`.
+        device: Where the logits are.
+
+    Raises:
+        ArgumentError: It stops, or returns something else than `[N, ...]` in [0, 1].
+    """
+    if criterion in CRITERIA.values():
+        return
+    expected = "a callable (logits [N, K, ...], earlier) -> confidences [N, ...] in [0, 1]"
+    logits = torch.linspace(-1, 1, 2 * math.prod(shape), device=device).reshape(2, *shape)
+    try:
+        with torch.no_grad():
+            found: Any = criterion(logits, [logits.neg()])
+    except Exception as error:  # what a user's code raises can be anything
+        reason = f"one that stops: {type(error).__name__}: {error}"
+        raise ArgumentError("criterion", found=reason, expected=expected) from error
+    if not isinstance(found, Tensor) or found.shape not in {logits[:, 0].shape, (2,)}:
+        kind = f"{list(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        reason = f"one that returns {kind} for logits {list(logits.shape)}"
+        raise ArgumentError("criterion", found=reason, expected=expected)
+    if not bool(((found >= 0) & (found <= 1)).all()):
+        raise ArgumentError("criterion", found="one that returns NaN or values outside [0, 1]", expected=expected)
 
 
 def reads_earlier(criterion: Criterion) -> bool:

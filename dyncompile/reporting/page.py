@@ -71,6 +71,11 @@ def write_report(
         ArgumentError: Fewer names than classes, or a static twin that took no time.
     """
     jinja2 = require("jinja2", extra="report")
+    if not isinstance(path, str | os.PathLike):
+        raise ArgumentError("path", found=repr(path), expected="a file to write, such as report.html")
+    path = Path(path)
+    if path.is_dir():
+        raise ArgumentError("path", found=f"{path}, a folder", expected="a file to write, such as report.html")
     evidence = calibration.evidence
     names = [setting.name for setting in (*calibration.exits, calibration.final)]
     colours = dict(zip(names, depth_colours(len(names)), strict=True))
@@ -105,7 +110,6 @@ def write_report(
     )
     environment.filters.update(percent=_percent, flops=_flops, time=_time)
     text = environment.from_string(_read("report.html.j2")).render(context)
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.write_text(text, encoding="utf-8")

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import os
 import random
 import signal
 import tempfile
@@ -25,8 +26,16 @@ from dyncompile.training.losses import class_dim
 from dyncompile.training.objectives import Distillation, LearnedConfidence, Objective
 from dyncompile.training.parts import Mode, default_backbone_lr, learning, preserved
 from dyncompile.training.schedule import GateSchedule
+from dyncompile.values import positive, whole
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+
+_OWN = {
+    "max_epochs": "epochs",
+    "enable_progress_bar": "progress",
+    "default_root_dir": "directory",
+}
+"""Options of the Trainer that have another name here."""
 
 # What Lightning says about choices that are made on purpose here, or that are the user's.
 _HINTS = (
@@ -136,33 +145,32 @@ def finetune(
 
     Raises:
         ArgumentError: An argument has no usable value, nothing can be trained, or the checkpoint to
-            resume from belongs to another model, mode or seed, or to more epochs.
+            resume from cannot be read or belongs to another model, mode or seed, or to more epochs.
         DataError: See `as_loader`; or labels do not fit the model's predictions: a regression model,
             which is also any of one column, takes floating targets alone.
         MissingExtraError: Lightning or TensorBoard is not installed (extra `train`).
     """
     if not isinstance(dyn, DynamicModule):
         raise ArgumentError("dyn", found=f"a {type(dyn).__name__}", expected="what dyncompile.dynamize returns")
-    counts: dict[str, Any] = {"epochs": epochs, "patience": patience}
-    for name, value in counts.items():
-        if value is not None and not (isinstance(value, int) and value >= 1):
-            raise ArgumentError(name, found=repr(value), expected="a whole number, at least 1")
+    counts = {"epochs": epochs, "num_nodes": num_nodes, "patience": 1 if patience is None else patience}
+    for name, count in counts.items():
+        whole(name, count, least=1)
+    whole("seed", seed, least=0)
+    positive("lr", lr)
     for name, choice, choices in (("mode", mode, Mode), ("precision", precision, Precision)):
         if choice not in get_args(choices):
             raise ArgumentError(name, found=repr(choice), expected=f"one of {get_args(choices)}")
     backbone_lr = default_backbone_lr(lr, gated=target_cost is not None) if backbone_lr is None else backbone_lr
-    for name, value in (("lr", lr), ("backbone_lr", backbone_lr)):
-        if not value > 0:
-            raise ArgumentError(name, found=value, expected="a number above 0")
+    positive("backbone_lr", backbone_lr)
+    _check_trainer(optimizer, directory, trainer_options)
     if patience is not None and val_data is None:
         raise ArgumentError("patience", found=patience, expected="val_data beside it")
     if directory is None and (resume or num_nodes > 1):
         raise ArgumentError("directory", found=None, expected="a path, for resume and for several nodes")
-    if directory is not None and Path(directory).is_file():
-        raise ArgumentError("directory", found=f"{directory}, a file", expected="a folder, or a path for a new one")
     if objective is not None and not isinstance(objective, Objective):
         raise ArgumentError("objective", found=repr(objective), expected="a dyncompile.training.Objective")
     require("lightning.pytorch", extra="train")
+    from dyncompile.training.checkpoints import starting_point
     from dyncompile.training.lightning_module import FineTuning
 
     schedule = _schedule(dyn, target_cost)
@@ -206,12 +214,24 @@ def finetune(
             enable_progress_bar=progress,
             **trainer_options,
         )
-        last = where / "last.ckpt"
-        _fit(trainer, module, last if resume and last.exists() else None)
+        _fit(trainer, module, starting_point(where, resume=resume))
         result = _finish(trainer, module, keep=directory is not None, best=patience is not None)
         if schedule is not None:
             schedule.update(1.0)
         return result
+
+
+def _check_trainer(optimizer: object, directory: object, options: dict[str, Any]) -> None:
+    if not callable(optimizer):
+        expected = "what makes one from parameter groups, such as torch.optim.AdamW"
+        raise ArgumentError("optimizer", found=repr(optimizer), expected=expected)
+    if directory is not None:
+        if not isinstance(directory, str | os.PathLike):
+            raise ArgumentError("directory", found=repr(directory), expected="a path")
+        if Path(directory).is_file():
+            raise ArgumentError("directory", found=f"{directory}, a file", expected="a folder, or a path for a new one")
+    if taken := sorted(options.keys() & _OWN):
+        raise ArgumentError(taken[0], found="an option of the Trainer", expected=f"`{_OWN[taken[0]]}` in its place")
 
 
 def _objective(dyn: DynamicModule, objective: Objective | None, schedule: GateSchedule | None) -> Objective:
@@ -259,33 +279,49 @@ def _source(data: Any, **options: Any) -> Callable[..., DataLoader[Batch]]:
 
 
 def _trainer(where: Path, *, log: bool, validated: bool, patience: int | None, **options: Any) -> Any:
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+    from lightning.pytorch.plugins.io import CheckpointIO
+
+    from dyncompile.training.checkpoints import BEST, LAST, WholeCheckpoints
 
     callbacks: list[Any] = []
     checkpoint: dict[str, Any] = {"enable_version_counter": False, "save_on_train_epoch_end": True}
     if patience is not None:
         callbacks.append(EarlyStopping("val/loss", patience=patience))
     if validated:
-        callbacks.append(ModelCheckpoint(where, "best", monitor="val/loss", **checkpoint))
+        callbacks.append(ModelCheckpoint(where, BEST, monitor="val/loss", **checkpoint))
     # After the best, whose state the last has to hold for a resumption.
-    callbacks.append(ModelCheckpoint(where, "last", **checkpoint))
+    callbacks.append(ModelCheckpoint(where, LAST, **checkpoint))
     loggers: list[Any] = []
     if log:
         require("tensorboard", extra="train")
         loggers = [CSVLogger(where, name="csv"), TensorBoardLogger(where, name="tensorboard")]
     if not validated:
         options["limit_val_batches"] = 0
-    return Trainer(
-        callbacks=[*callbacks, *options.pop("callbacks", [])],
-        logger=options.pop("logger", loggers),
-        default_root_dir=where,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        log_every_n_steps=options.pop("log_every_n_steps", 10),
-        **options,
-    )
+    # A CheckpointIO of the user's own comes in its place.
+    plugins = options.pop("plugins", None) or []
+    plugins = plugins if isinstance(plugins, list) else [plugins]
+    if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        plugins = [*plugins, WholeCheckpoints()]
+    given = options.pop("callbacks", None) or []
+    try:
+        return Trainer(
+            plugins=plugins,
+            callbacks=[*callbacks, *(given if isinstance(given, list) else [given])],
+            logger=options.pop("logger", loggers),
+            default_root_dir=where,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            log_every_n_steps=options.pop("log_every_n_steps", 10),
+            **options,
+        )
+    except (ValueError, TypeError, MisconfigurationException) as error:
+        found = " ".join(str(error).split())
+        expected = "accelerator, devices, strategy and options as Lightning's Trainer takes them"
+        raise ArgumentError("trainer_options", found=found, expected=expected) from error
 
 
 def _fit(trainer: Any, module: Any, checkpoint: Path | None) -> None:

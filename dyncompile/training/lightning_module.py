@@ -15,13 +15,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from dyncompile.data import Batch, call
-from dyncompile.errors import ArgumentError
+from dyncompile.errors import ArgumentError, DataError, DyncompileError
 from dyncompile.module import DynamicModule
 from dyncompile.training.gating import activation_rates
 from dyncompile.training.losses import score, widen
 from dyncompile.training.objectives import Objective
 from dyncompile.training.parts import Mode, parameter_groups, set_training
 from dyncompile.training.schedule import GateSchedule
+
+_FIXED = ("mode", "seed", "target_cost", "lr", "backbone_lr")
+"""What a run has from its start; a resumption with another value would go on with the old one all the same."""
 
 
 class FineTuning(LightningModule):
@@ -134,8 +137,18 @@ class FineTuning(LightningModule):
             self.schedule.validating = False
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
-        """The loss of a batch."""
-        loss = self._loss(batch, "train")
+        """The loss of a batch.
+
+        Raises:
+            DataError: Batch norm stops at a batch of one sample.
+        """
+        try:
+            loss = self._loss(batch, "train")
+        except ValueError as error:
+            if len(batch[1]) > 1 or isinstance(error, DyncompileError):
+                raise
+            found = f"a batch of one sample, at which a layer stops: {error}"
+            raise DataError("train_data", found=found, expected="drop_last=True, or another batch size") from error
         self.log("loss", loss.detach(), prog_bar=True)
         return loss
 
@@ -181,16 +194,14 @@ class FineTuning(LightningModule):
         """Add what a resumption needs besides weights and optimizer."""
         checkpoint["dyncompile"] = {
             "history": self.history,
-            "mode": self.mode,
-            "seed": self.seed,
-            "target_cost": self.target_cost,
+            **{name: getattr(self, name) for name in _FIXED},
             "order": None if self._order is None else self._order.get_state(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse what was made otherwise; else continue its history."""
         state = checkpoint.get("dyncompile", {})
-        for name in ("mode", "seed", "target_cost"):
+        for name in _FIXED:
             if state.get(name) != getattr(self, name):
                 raise ArgumentError(
                     name,

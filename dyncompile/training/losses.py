@@ -41,12 +41,17 @@ def task_loss(prediction: Tensor, targets: Tensor, ignore_index: int = IGNORE_IN
         ignore_index: Label that is not counted; the loss of a batch without labels is 0.
 
     Raises:
-        DataError: The shapes do not fit.
+        DataError: The shapes do not fit, or labels are out of range.
     """
     if targets.is_floating_point():
         return squared_error(prediction, targets).mean()
     logits = widen(prediction).movedim(class_dim(prediction, targets), 1)
-    each = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none")
+    try:
+        each = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none")
+    except IndexError as error:  # on a GPU torch ends the process; `finetune` looks at the data before
+        labels = targets[targets != ignore_index]
+        found = f"labels from {int(labels.min())} to {int(labels.max())}"
+        raise DataError("targets", found=found, expected=f"integers in [0, {logits.shape[1]})") from error
     return _mean(each, targets != ignore_index)
 
 
@@ -84,6 +89,11 @@ def squared_error(prediction: Tensor, targets: Tensor) -> Tensor:
             expected="one shape for both",
         )
     return (widen(prediction) - targets.reshape(prediction.shape)) ** 2
+
+
+def sample_errors(prediction: Tensor, targets: Tensor) -> Tensor:
+    """Mean squared error of each sample, `[N]`; shapes as in `squared_error`."""
+    return squared_error(prediction, targets).reshape(len(prediction), -1).mean(1)
 
 
 def score(prediction: Tensor, targets: Tensor, ignore_index: int = IGNORE_INDEX) -> tuple[Tensor, int]:

@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from dyncompile.data import IGNORE_INDEX, Inputs, call
 from dyncompile.errors import ArgumentError
-from dyncompile.training.losses import divergence, squared_error, task_loss, widen
+from dyncompile.training.losses import divergence, sample_errors, task_loss, widen
+from dyncompile.values import not_negative, positive, share
 
 if TYPE_CHECKING:
     from dyncompile.cost import CostModel
@@ -43,11 +44,25 @@ class Objective(ABC):
         """
 
     def __call__(self, trace: "Trace", targets: Tensor, inputs: Inputs | None = None) -> Tensor:
-        """The loss, a scalar; arguments as in `parts`."""
+        """The loss, a scalar; arguments as in `parts`.
+
+        Raises:
+            ArgumentError: `trace` is no trace, or `targets` no tensor.
+            DataError: Targets do not fit the predictions.
+        """
+        from dyncompile.module import Trace
+
+        given: dict[str, tuple[object, type, str]] = {
+            "trace": (trace, Trace, "what `dyn.trace(inputs)` returned"),
+            "targets": (targets, Tensor, "a tensor"),
+        }
+        for name, (value, kind, expected) in given.items():
+            if not isinstance(value, kind):
+                raise ArgumentError(name, found=f"a {type(value).__name__}", expected=expected)
         return torch.stack(list(self.parts(trace, targets, inputs).values())).sum()
 
-    def __add__(self, other: "Objective") -> "Objective":
-        return _Sum((self, other))
+    def __add__(self, other: object) -> "Objective":
+        return _Sum((self, other)) if isinstance(other, Objective) else NotImplemented
 
 
 @dataclass(frozen=True)
@@ -134,10 +149,8 @@ class Distillation(Objective):
 
     def __post_init__(self) -> None:
         _check_weights(self.weights)
-        if not 0 <= self.alpha <= 1:
-            raise ArgumentError("alpha", found=self.alpha, expected="a number in [0, 1]")
-        if not self.temperature > 0:
-            raise ArgumentError("temperature", found=self.temperature, expected="a number above 0")
+        share("alpha", self.alpha)
+        positive("temperature", self.temperature)
         if isinstance(self.teacher, nn.Module):
             # The caller may go on training its model, or share weights with the one trained here.
             frozen = copy.deepcopy(self.teacher).eval().requires_grad_(requires_grad=False)
@@ -196,9 +209,9 @@ class ExpectedCost(Objective):
     costs: "CostModel | None" = None
 
     def __post_init__(self) -> None:
-        for name, value in (("weight", self.weight), ("target", self.target)):
-            if value is not None and not value > 0:
-                raise ArgumentError(name, found=value, expected="a number above 0")
+        positive("weight", self.weight)
+        if self.target is not None:
+            positive("target", self.target)
 
     def parts(
         self,
@@ -230,8 +243,7 @@ class LearnedConfidence(Objective):
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.weight > 0:
-            raise ArgumentError("weight", found=self.weight, expected="a number above 0")
+        positive("weight", self.weight)
 
     def parts(
         self,
@@ -241,10 +253,7 @@ class LearnedConfidence(Objective):
     ) -> dict[str, Tensor]:
         """See `Objective.parts`."""
         predictions = {**trace.exits, "final": trace.final}
-        errors = {
-            name: squared_error(prediction.detach(), targets).flatten(1).mean(1)
-            for name, prediction in predictions.items()
-        }
+        errors = {name: sample_errors(prediction.detach(), targets) for name, prediction in predictions.items()}
         scale = torch.stack(list(errors.values())).mean().clamp(min=1e-12)
         return {
             f"confidence/{name}": self.weight
@@ -254,9 +263,12 @@ class LearnedConfidence(Objective):
 
 
 def _check_weights(weights: Weights) -> None:
-    values = weights.values() if isinstance(weights, Mapping) else weights or ()
-    if any(not value >= 0 for value in values):
-        raise ArgumentError("weights", found=weights, expected="numbers that are not negative")
+    if weights is None:
+        return
+    values: object = weights.values() if isinstance(weights, Mapping) else weights
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ArgumentError("weights", found=repr(weights), expected="one number for each exit and the full depth")
+    not_negative("weights", values)
 
 
 def _resolve(weights: Weights, names: list[str]) -> dict[str, float]:

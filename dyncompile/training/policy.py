@@ -14,7 +14,7 @@ from dyncompile.errors import ArgumentError
 from dyncompile.module import DynamicModule
 from dyncompile.nn import Gate
 from dyncompile.training.gating import gate_decisions, gate_probabilities
-from dyncompile.training.losses import class_dim, squared_error, widen
+from dyncompile.training.losses import class_dim, sample_errors, widen
 from dyncompile.training.objectives import Objective
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def full_depth_cost(costs: CostModel, trace: "Trace", *, expected: bool = False)
 def _right(prediction: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
     """How right each sample's prediction is, `[N]` in [0, 1]."""
     if targets.is_floating_point():
-        error = squared_error(prediction, targets).flatten(1).mean(1)
+        error = sample_errors(prediction, targets)
         return torch.exp(-error / error.mean().clamp(min=1e-12))
     hit = (prediction.argmax(class_dim(prediction, targets)) == targets) & (targets != ignore_index)
     counted = (targets != ignore_index).reshape(len(targets), -1).sum(1)

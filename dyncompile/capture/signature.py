@@ -120,17 +120,18 @@ class Signature:
 
         Args:
             output: What the model returned.
-            prediction: Name of the leaf that is the prediction; None takes `logits`, else the only
-                floating leaf.
+            prediction: Name of the leaf that is the prediction, a floating one if there is any; None takes `logits`,
+                else the only floating leaf.
 
         Raises:
             ArgumentError: No leaf of that name, or several that could be meant.
         """
         named = named_leaves(output)
         names = tuple(name for name, _ in named)
-        floating = [i for i, (_, v) in enumerate(named) if isinstance(v, Tensor) and v.is_floating_point()]
+        tensors = [i for i, (_, v) in enumerate(named) if isinstance(v, Tensor)]
+        floating = [i for i in tensors if named[i][1].is_floating_point()]
         if prediction is not None:
-            chosen = [i for i in floating if names[i] == prediction]
+            chosen = [i for i in floating or tensors if names[i] == prediction]
         else:
             chosen = [i for i in floating if names[i].split(".")[-1] == "logits"] or floating
         if len(chosen) != 1:

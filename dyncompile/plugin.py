@@ -198,7 +198,7 @@ def _unfit(gm: fx.GraphModule, args: tuple[Any, ...]) -> str:
         names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
         for name, value, now in zip(names, args, copies, strict=True):
             # Batch norm writes its statistics without a new version.
-            if isinstance(value, Tensor) and (now._version or not bool(((now == value) | (now != now)).all())):
+            if isinstance(value, Tensor) and (now._version or not bool(((now == value) | now.isnan()).all())):
                 return f"it writes to `{name}`"
     return ""
 

@@ -137,6 +137,8 @@ def test_stages_decide_and_compute_what_the_model_does(dyn, tmp_path):
         fast = dc.lower(dyn, backend="eager", decline=False)
         fast(x)
         assert staged.last_run == fast.last_run
+    nothing = staged(x=np.empty((0, 3, 8, 8), np.float32))
+    assert [nothing[name].shape for name in ("output", "exit", "decisions.exit1")] == [(0, 5), (0,), (0,)]
     set_knobs(path, {"exit0": 0.0})
     assert StagedModel(path)(x=x.numpy())["exit"].max() == 0
     manifest = json.loads((path / "manifest.json").read_text())

@@ -1,6 +1,5 @@
 """The command line, a thin layer over the API."""
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -243,14 +242,14 @@ def set_threshold(
 
     values = {}
     for setting in settings:
-        name, equals, value = setting.partition("=")
-        try:
-            values[name] = json.loads(value)
-        except json.JSONDecodeError:
-            equals = ""
-        if not equals:
+        name, equals, text = setting.partition("=")
+        value = _number_or_switch(text)
+        if not equals or value is None:
             expected = "name=value, such as exit2=0.8 or exit2.enabled=false"
             raise ArgumentError("settings", found=repr(setting), expected=expected)
+        if name in values:
+            raise ArgumentError("settings", found=f"{name!r} twice", expected="one value for each")
+        values[name] = value
     for name, now in set_knobs(path, values).items():
         typer.echo(f"{name} = {now}")
 
@@ -265,6 +264,16 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
+
+
+def _number_or_switch(text: str) -> float | bool | None:
+    """What a knob can be set to; None for any other text."""
+    if (switch := {"true": True, "false": False}.get(text.lower())) is not None:
+        return switch
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _free(path: Path, *, force: bool, argument: str) -> None:

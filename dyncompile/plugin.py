@@ -49,21 +49,22 @@ def dyncompile_backend(
         example_inputs: As dynamo gives them.
         mode: As for inductor: "reduce-overhead" records CUDA graphs.
         options: As for inductor, whose settings they are.
+
+    Raises:
+        RuntimeError: inductor has no such mode or option.
     """
+    settings: dict[str, Any] = torch._TorchCompileInductorWrapper(mode, options, None).config
     if not any(node.op == "call_function" and node.target in _DECIDING for node in gm.graph.nodes):
-        dense: Compiled = _dense(gm, example_inputs, mode, options)
+        dense: Compiled = _dense(gm, example_inputs, settings)
         return dense
-    return _Skipping(gm, example_inputs, mode, options)
+    return _Skipping(gm, example_inputs, settings)
 
 
-def _dense(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, options: dict[str, Any] | None) -> Any:
+def _dense(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: dict[str, Any]) -> Any:
     from torch._dynamo.backends.inductor import inductor
     from torch._inductor import config
 
-    patches = dict(options or {})
-    if mode is not None:
-        patches.update(torch._inductor.list_mode_options(mode))
-    with config.patch(patches):
+    with config.patch(settings):
         return inductor(gm, example_inputs)
 
 
@@ -96,10 +97,8 @@ def _states(weights: Sequence[Tensor]) -> list[tuple[int, int]]:
 class _Skipping:
     """Runs a graph lowered where no gradient is wanted, dense where one is; either is made when first needed."""
 
-    def __init__(
-        self, gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, options: dict[str, Any] | None
-    ) -> None:
-        self.gm, self.mode, self.options = gm, mode, options
+    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], settings: dict[str, Any]) -> None:
+        self.gm, self.settings = gm, settings
         self.dense: Compiled | None = None
         self.snapshots: dict[tuple[int, ...], _Snapshot] = {}
         self.batch_dims: list[int | None] | None = None
@@ -142,7 +141,7 @@ class _Skipping:
         if self.dense is None:
             # Traced anew: dynamo has forgotten what its symbols stand for.
             reference = _taking_numbers(self.gm, self.numbers)
-            self.dense = torch.compile(reference, mode=self.mode, options=self.options)
+            self.dense = torch.compile(reference, options=self.settings)
         return self.dense(*(value.item() if i in self.numbers else value for i, value in enumerate(args)))
 
     def _lower(self, args: tuple[Any, ...], snapshot: _Snapshot) -> Any:
@@ -162,7 +161,7 @@ class _Skipping:
             module = _closed(self.gm, self.weights, self.data, self.numbers, args)
             graph = _captured(module, tuple(args[i] for i in self.data))
             dyn = DynamicModule(graph, describe(graph, module, "torch.compile")).eval()
-            lowered = lower(dyn, cudagraphs=self.mode == "reduce-overhead")
+            lowered = lower(dyn, cudagraphs=self.settings.get("triton.cudagraphs", False), settings=self.settings)
         except Exception as error:  # noqa: BLE001 - whatever torch raises on a graph that is tied to a size
             self.refused = True
             _say((str(error).strip() or type(error).__name__).splitlines()[0])

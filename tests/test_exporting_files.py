@@ -225,7 +225,7 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     assert (code, "model.onnx, which exists" in error) == (1, True)
     # A disabled exit is left out: there is nothing to set.
     code, _, error = run("set-threshold", "model.onnx", "exit0=0.5")
-    assert (code, "has no thresholds" in error) == (1, True)
+    assert (code, "no exit or gate was enabled" in error) == (1, True)
     assert (tmp_path / "model.onnx").read_bytes() == before
 
 
@@ -238,6 +238,12 @@ def test_thresholds_are_set_or_nothing_is(dyn, tmp_path, capsys):
         ((path, "exit0=0.5", "exit1=high"), "'exit1=high'"),
         ((path, "exit0=0.5", "exit1.enabled=0.5"), "true or false"),
         ((path, "exit0.temperature=0"), "a temperature above 0"),
+        ((path, "exit0.temperature=1e-60"), "a temperature above 0"),
+        ((path, "exit0.temperature=1e60"), "a finite number"),
+        ((path, "exit0=nan"), "a finite number"),
+        ((path, "exit0=1.01"), r"a number in [0, 1]"),
+        ((path, "exit0=0.5", "exit0=0.6"), "'exit0' twice"),
+        ((path, "exit0=0.5", "exits.exit0.threshold=0.6"), "'exits.exit0.threshold' twice"),
         ((tmp_path / "other.onnx", "exit0=0.5"), "no ONNX model"),
         ((tmp_path / "none.onnx", "exit0=0.5"), "no such file"),
     ):
@@ -247,7 +253,7 @@ def test_thresholds_are_set_or_nothing_is(dyn, tmp_path, capsys):
         assert why in capsys.readouterr().err
     assert path.read_bytes() == before
     with pytest.raises(SystemExit):
-        main(["set-threshold", str(path), "exit1=0.8", "exit0.enabled=false"])
+        main(["set-threshold", str(path), "exit1=.8", "exit0.enabled=False"])
     assert "exits.exit1.threshold = 0.8" in capsys.readouterr().out
     assert set_knobs(path, {})["exits.exit0.enabled"] is False
 

@@ -321,3 +321,28 @@ def test_an_empty_batch_first(device, lowered_runs, uncompiled):
             x = torch.randn(n, 4, device=device)
             torch.testing.assert_close(fast(x), model(x))
     assert len(lowered_runs) == 1
+
+
+@pytest.mark.parametrize("wrong", [{"mode": "fastest"}, {"options": {"speed": 9}}])
+def test_modes_and_options_are_inductors(device, wrong):
+    torch._dynamo.reset()
+    with torch.no_grad(), pytest.raises(Exception, match=r"mode=fastest|option speed"):
+        torch.compile(Gated().to(device).eval(), backend="dyncompile", **wrong)(torch.randn(3, 4, device=device))
+
+
+def test_settings_reach_every_segment(device, monkeypatch):
+    torch._dynamo.reset()
+    seen = []
+    compiled = torch._inductor.compile_fx.compile_fx_inner
+
+    def watched(*args, **kwargs):
+        seen.append((torch._inductor.config.epilogue_fusion, torch._inductor.config.max_autotune))
+        return compiled(*args, **kwargs)
+
+    monkeypatch.setattr("dyncompile.lowering.inductor.compile_fx_inner", watched)
+    model = Gated().to(device).eval()
+    x = torch.randn(3, 4, device=device)
+    fast = torch.compile(model, backend="dyncompile", options={"epilogue_fusion": False})
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x))
+    assert set(seen) == {(False, False)}

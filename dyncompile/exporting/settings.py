@@ -40,8 +40,15 @@ def set_knobs(path: str | os.PathLike[str], values: Mapping[str, Value]) -> dict
         for name, tensor in _knobs(model):
             found.setdefault(name, []).append(tensor)
     if not found:
-        raise ExportError(f"{path} has no thresholds: dyncompile did not export it")
-    changed = {_full(name, found): value for name, value in values.items()}
+        ours = any(entry.key == KNOBS_KEY for model in models.values() for entry in model.metadata_props)
+        why = "no exit or gate was enabled when it was exported" if ours else "dyncompile did not export it"
+        raise ExportError(f"{path} has no thresholds: {why}")
+    changed: dict[str, Value] = {}
+    for name, value in values.items():
+        full = _full(name, found)
+        if full in changed:
+            raise ArgumentError("knob", found=f"{full!r} twice", expected="one value for each")
+        changed[full] = value
     for name, value in changed.items():
         for tensor in found[name]:
             _set(name, tensor, value)
@@ -95,22 +102,26 @@ def _full(name: str, found: Mapping[str, object]) -> str:
 
 def _set(name: str, tensor: Any, value: Value) -> None:
     helper = require("onnx", extra="export").numpy_helper
-    array = helper.to_array(tensor)
+    dtype = helper.to_array(tensor).dtype
     kind = name.rpartition(".")[2]
     given: Any = value
-    if array.dtype == np.bool_:
+    number = not isinstance(given, bool) and isinstance(given, int | float)
+    with np.errstate(over="ignore"):
+        # What the file will hold: a number that is too small for its dtype is zero there.
+        array = np.asarray(given if number or isinstance(given, bool) else math.nan, dtype)
+    if dtype == np.bool_:
         fits, expected = isinstance(given, bool), "true or false"
-    elif isinstance(given, bool) or not isinstance(given, int | float) or not math.isfinite(given):
+    elif not number or not np.isfinite(array):
         fits, expected = False, "a finite number"
     elif kind == "threshold":
-        fits, expected = 0 <= given <= 1, "a number in [0, 1]"
+        fits, expected = bool(0 <= array <= 1), "a number in [0, 1]"
     elif kind == "temperature":
-        fits, expected = given > 0, "a temperature above 0"
+        fits, expected = bool(array > 0), "a temperature above 0"
     else:
         fits, expected = True, ""
     if not fits:
         raise ArgumentError(name, found=repr(value), expected=expected)
-    tensor.CopyFrom(helper.from_array(np.asarray(value, array.dtype), tensor.name))
+    tensor.CopyFrom(helper.from_array(array, tensor.name))
 
 
 def _value(tensor: Any) -> Value:

@@ -22,7 +22,7 @@ folded for each set of weights.
 
 import copy
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -64,6 +64,7 @@ def compile_segment(
     inputs: Sequence[SegmentInput],
     *,
     cudagraphs: bool = False,
+    settings: Mapping[str, Any] | None = None,
 ) -> "CompiledSegment":
     """Compile a straight-line segment for every batch size.
 
@@ -78,12 +79,13 @@ def compile_segment(
         inputs: How each input carries the batch.
         cudagraphs: Record and replay CUDA graphs, one a batch size. The next call then overwrites
             the outputs.
+        settings: Of `torch._inductor.config`, such as `{"max_autotune": True}`.
 
     Raises:
         ArgumentError: `inputs` does not fit `example_inputs`.
         LoweringError: The segment computes something that is tied to the example's batch size.
     """
-    return CompiledSegment(segment, example_inputs, inputs, cudagraphs=cudagraphs)
+    return CompiledSegment(segment, example_inputs, inputs, cudagraphs=cudagraphs, settings=settings)
 
 
 def compile_module(
@@ -145,6 +147,7 @@ class CompiledSegment:
         inputs: Sequence[SegmentInput],
         *,
         cudagraphs: bool = False,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self._batch_of, batch = _batch(example_inputs, inputs)
         self._examples = [torch.empty_like(t, device="meta") for t in example_inputs]
@@ -153,6 +156,7 @@ class CompiledSegment:
         self.formats = [_memory_format(t) for t in example_inputs]
         self.output_formats: list[torch.memory_format] = []
         self._cudagraphs = cudagraphs
+        self._settings = dict(settings or {})
         # Constants of a program lie in this copy, so the user's weights may change or go.
         self._segment: nn.Module | None = copy.deepcopy(segment).eval()
         self._programs: list[_Program] = []
@@ -233,6 +237,7 @@ class CompiledSegment:
             return code[0]
 
         patches = {
+            **self._settings,
             "freezing": True,
             "freezing_discard_parameters": False,
             "triton.cudagraphs": self._cudagraphs,

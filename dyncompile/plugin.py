@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dyncompile.errors import DyncompileError
+from dyncompile.opening import with_batch_open
 from dyncompile.ops import SELECT, SWITCH
 
 if TYPE_CHECKING:
@@ -178,9 +179,19 @@ def _captured(module: fx.GraphModule, inputs: tuple[Tensor, ...]) -> "Graph":
         outputs = list(enumerate(module(*inputs)))
     tensors = [(i, value) for i, value in outputs if isinstance(value, Tensor)]
     first = next((i for i, value in tensors if value.is_floating_point()), tensors[0][0])
-    # A GraphModule that is called prints where it fails, and a graph may be tied to its batch size.
-    type(module).__call__ = nn.Module.__call__  # type: ignore[method-assign]
-    return capture(module, inputs, prediction=str(first), inplace=True)
+
+    def attempt(module: fx.GraphModule) -> "Graph":
+        # A GraphModule that is called prints where it fails, and a graph may be tied to its batch size.
+        type(module).__call__ = nn.Module.__call__  # type: ignore[method-assign]
+        return capture(module, inputs, prediction=str(first), inplace=True)
+
+    try:
+        return attempt(module)
+    except DyncompileError as error:
+        try:
+            return attempt(with_batch_open(module, inputs[0].shape[0]))
+        except DyncompileError:
+            raise error from error.__cause__
 
 
 def _unfit(gm: fx.GraphModule, args: tuple[Any, ...]) -> str:

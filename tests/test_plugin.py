@@ -346,3 +346,33 @@ def test_settings_reach_every_segment(device, monkeypatch):
     with torch.no_grad():
         torch.testing.assert_close(fast(x), model(x))
     assert set(seen) == {(False, False)}
+
+
+class Reshapes(nn.Module):
+    """Reads the batch size off its input, as models do; dynamo writes it into the graph as a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, 4))
+        self.arm = nn.Linear(4, 4)
+
+    def forward(self, x):
+        n = x.shape[0]
+        x = torch.cat((self.token.expand(n, -1, -1), x.view(n, 2, 4)), 1)
+        h = x.reshape(n * 3, 4)
+        h = dc.select(h[:, 0] > 0, self.arm(h), h) + torch.zeros(n * 3, 1, device=x.device)
+        return h.view(n, 12)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_graph_that_holds_its_batch_size_skips(device, lowered_runs, uncompiled, batch, capfd):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Reshapes().to(device).eval()
+    fast = torch.compile(model, backend="dyncompile", dynamic=False)
+    x = torch.randn(batch, 8, device=device)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x))
+    assert lowered_runs[0]["always"] == batch
+    assert 0 < sum(lowered_runs[0].values()) - batch < 3 * batch
+    assert capfd.readouterr().err == ""

@@ -229,8 +229,9 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "model.onnx").read_bytes() == before
 
 
-def test_thresholds_are_set_or_nothing_is(dyn, tmp_path, capsys):
+def test_thresholds_are_set_or_nothing_is(dyn, tmp_path, capsys, monkeypatch):
     path = dc.export(dyn, tmp_path / "model.onnx")
+    (tmp_path / "link.onnx").symlink_to(path)
     before = path.read_bytes()
     (tmp_path / "other.onnx").write_text("no model")
     for arguments, why in (
@@ -251,11 +252,20 @@ def test_thresholds_are_set_or_nothing_is(dyn, tmp_path, capsys):
             main(["set-threshold", *map(str, arguments)])
         assert stopped.value.code == 1
         assert why in capsys.readouterr().err
+    with pytest.raises(ExportError, match=r"no manifest\.json in it"):
+        set_knobs(tmp_path, {"exit0": 0.5})
+    with monkeypatch.context() as patched:
+        patched.setattr("os.access", lambda *_: False)  # the tests may be run by root, who may write anything
+        with pytest.raises(ExportError, match="is read-only"):
+            set_knobs(path, {"exit0": 0.5})
     assert path.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link.onnx", "model.onnx", "other.onnx"]
+    path.chmod(0o640)
     with pytest.raises(SystemExit):
-        main(["set-threshold", str(path), "exit1=.8", "exit0.enabled=False"])
+        main(["set-threshold", str(tmp_path / "link.onnx"), "exit1=.8", "exit0.enabled=False"])
     assert "exits.exit1.threshold = 0.8" in capsys.readouterr().out
     assert set_knobs(path, {})["exits.exit0.enabled"] is False
+    assert (path.stat().st_mode & 0o777, (tmp_path / "link.onnx").is_symlink()) == (0o640, True)
 
 
 def test_stages_decide_a_thousand_real_images_as_the_lowered_model_does(tmp_path, needs):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dyncompile.errors import ArgumentError, ExportError, require
+from dyncompile.exporting.stages import MANIFEST
 
 Value = float | bool
 
@@ -30,9 +32,11 @@ def set_knobs(path: str | os.PathLike[str], values: Mapping[str, Value]) -> dict
 
     Raises:
         ArgumentError: No such knob, or a value that it cannot have.
-        ExportError: Not an ONNX file that dyncompile wrote.
+        ExportError: Not an ONNX file that dyncompile wrote, or one that may not be written to.
     """
-    path = Path(path)
+    path = Path(path).resolve()
+    if path.is_dir() and not (path / MANIFEST).is_file():
+        raise ExportError(f"{path}: no {MANIFEST} in it: not a folder that dyncompile exported")
     files = sorted(path.glob("*.onnx")) if path.is_dir() else [path]
     models = {file: _load(file) for file in files}
     found: dict[str, list[Any]] = {}
@@ -56,8 +60,11 @@ def set_knobs(path: str | os.PathLike[str], values: Mapping[str, Value]) -> dict
     try:
         for file, model in models.items():
             if any(name in changed for name, _ in _knobs(model)):
+                if not os.access(file, os.W_OK):
+                    raise ExportError(f"{file} is read-only")
                 drafts[file] = file.with_name(f".{file.name}.{os.getpid()}")
                 drafts[file].write_bytes(model.SerializeToString())
+                shutil.copymode(file, drafts[file])
         for file, draft in drafts.items():
             draft.replace(file)
     finally:

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from exiting import Tokens
 from test_exporting import converted, example
 from test_frame_skip import STEPS, WIDTH, Reader
 
@@ -52,6 +53,18 @@ def check_alone(dyn, inputs, path):
 )
 def test_it_loads_without_dyncompile(kind, chain, tmp_path):
     check_alone(converted(kind, chain), lambda n: example(kind, n), tmp_path / "model.pt2")
+
+
+def test_it_is_called_by_keyword_where_the_example_was(tmp_path):
+    model = Tokens().eval()
+    ids, mask = torch.randint(0, 20, (5, 6)), torch.ones(5, 6, dtype=torch.int64)
+    mask[1, 3:] = 0
+    named = {"ids": ids, "attention_mask": mask}
+    dyn = dc.dynamize(model, "early_exit", exits=1, example_inputs=named).eval()
+    dc.save(dyn, tmp_path / "saved")
+    for number, one in enumerate((dyn, dc.load(tmp_path / "saved", model))):
+        path = dc.export(one, tmp_path / f"{number}.pt2")
+        torch.testing.assert_close(torch.export.load(path).module()(**named), dyn(**named))
 
 
 @pytest.mark.parametrize("reads", ["input", "state"])

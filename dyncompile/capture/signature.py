@@ -25,6 +25,7 @@ class Signature:
         output: Structure of the output.
         output_names: A readable name for each leaf of the output.
         prediction: Which leaf of the output is the prediction.
+        by_name: The example passed every argument by keyword; so do programs that are made of the model.
     """
 
     parameters: inspect.Signature
@@ -35,6 +36,7 @@ class Signature:
     output: pytree.TreeSpec | None = None
     output_names: tuple[str, ...] = ()
     prediction: int = 0
+    by_name: bool = False
 
     @classmethod
     def of(cls, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "Signature":
@@ -52,6 +54,7 @@ class Signature:
             spec=spec,
             constants=constants,
             names=names,
+            by_name=not args,
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Signature":
@@ -106,7 +109,8 @@ class Signature:
         values: dict[str, Any] = pytree.tree_unflatten(leaves, self.spec)
         bound = self.parameters.bind_partial()
         bound.arguments.update(values)
-        return bound.args, bound.kwargs
+        args, kwargs = bound.args, bound.kwargs
+        return ((), {**dict(zip(values, args, strict=False)), **kwargs}) if self.by_name else (args, kwargs)
 
     def unflatten(self, leaves: tuple[Any, ...] | list[Any]) -> Any:
         """The user's structure of outputs."""

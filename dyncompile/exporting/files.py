@@ -42,7 +42,8 @@ def export(
     Args:
         dyn: The dynamic model, in eval mode.
         path: `*.onnx`; `*.pt2`, a `torch.export` program with nested `torch.cond`; `*.aoti.pt2`, compiled by
-            AOTInductor; or a folder for `routing="stages"`. What is there is replaced, once the new is complete.
+            AOTInductor; or a folder for `routing="stages"`. A program is called as the example inputs were given: by
+            position, or by keyword where they were a dict. What is there is replaced, once the new is complete.
         routing: "sample": within a batch each arm runs on the rows that take it. "batch": an arm runs on the whole
             batch as soon as one row takes it; for batch 1, and what `*.pt2` always does. "stages": an ONNX file for
             each segment, a manifest, and the host (`dyncompile.exporting.stages.StagedModel`) between them.

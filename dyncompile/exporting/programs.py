@@ -102,7 +102,15 @@ class _Program(nn.Module):
         leaves: Any = plan.graph.output_node().args[0]
         self.leaves = [(place[v], None) if isinstance(v, fx.Node) else (-1, v) for v in leaves]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self.run(*args, **kwargs)
+
+        # Export names inputs by it, and matches keyword arguments.
+        forward.__signature__ = self.signature.parameters  # type: ignore[attr-defined]
+        self.forward = forward
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward."""
         values = self.root(*self.signature.flatten(args, kwargs))
         return self.signature.unflatten([values[i] if i >= 0 else constant for i, constant in self.leaves])
 

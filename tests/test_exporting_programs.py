@@ -5,11 +5,12 @@ import sys
 
 import pytest
 import torch
-from exiting import Tokens
+from exiting import Net, Tokens
 from test_exporting import converted, example
 from test_frame_skip import STEPS, WIDTH, Reader
 
 import dyncompile as dc
+from dyncompile.checking.deciding import settle, switch_on
 from dyncompile.passes.frame_skip import FrameSkip
 
 # A process in which dyncompile cannot be imported.
@@ -53,6 +54,14 @@ def check_alone(dyn, inputs, path):
 )
 def test_it_loads_without_dyncompile(kind, chain, tmp_path):
     check_alone(converted(kind, chain), lambda n: example(kind, n), tmp_path / "model.pt2")
+
+
+def test_an_arm_gives_other_strides_than_what_it_replaces(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(16, 3, 6, 6)
+    dyn = dc.dynamize(Net(blocks=2, tail="pixels"), "early_exit", exits=1, example_inputs=x[:2]).eval()
+    settle(switch_on(dyn), (x,))
+    check_alone(dyn, lambda n: (torch.randn(n, 3, 6, 6),), tmp_path / "model.pt2")
 
 
 def test_it_is_called_by_keyword_where_the_example_was(tmp_path):

@@ -173,6 +173,7 @@ def calibrate(
 ) -> None:
     """Choose the thresholds of a converted model; its folder is written anew, all at once."""
     import dyncompile as dc
+    from dyncompile.calibration.beside import write_beside
 
     if report:
         _free(report, force=force, argument="report")
@@ -180,6 +181,7 @@ def calibrate(
     images = _images(data, seed, dyn)
     calibration = dc.calibrate(dyn, images.calibration, max_drop=max_drop, confidence=confidence, seed=seed)
     dc.save(dyn, folder)
+    write_beside(calibration, folder)
     Console().print(calibration.table())
     if report:
         calibration.report(report)
@@ -223,10 +225,13 @@ def export(
 ) -> None:
     """Write a converted model as a file that skips without dyncompile; it is run and compared first."""
     import dyncompile as dc
+    from dyncompile.calibration.beside import read_beside
 
     _free(out, force=force, argument="out")
     dyn = _load(model, folder, device).eval()
-    dc.export(dyn, out, routing=routing, decisions=decisions)
+    dc.export(dyn, out, routing=routing, decisions=decisions, calibration=read_beside(folder))
+    enabled = [name for modules in (dyn.exits, dyn.gates) for name, module in modules.items() if bool(module.enabled)]
+    typer.echo(f"{out}: {', '.join(enabled) or 'nothing is skipped: no exit or gate is enabled, calibrate first'}")
 
 
 @app.command()

@@ -14,11 +14,13 @@ from test_cli import MODELS as CLI_MODELS
 from torch import nn
 
 import dyncompile as dc
+from dyncompile.calibration.beside import read_beside
 from dyncompile.checking.deciding import settle
 from dyncompile.cli import main
 from dyncompile.demo.datasets import load
+from dyncompile.demo.factory import make
 from dyncompile.demo.models import ResNet
-from dyncompile.errors import ArgumentError, ExportError, LoweringError
+from dyncompile.errors import ArgumentError, ExportError, LoweringError, RecipeError
 from dyncompile.exporting import checking, files, set_knobs
 from dyncompile.exporting.stages import StagedModel
 from dyncompile.passes.frame_skip import FrameSkip
@@ -219,7 +221,8 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models.py").write_text(CLI_MODELS)
     assert run("convert", "models.py:model", "out", "--input-shape", "1,8,8", "-o", "exits=1")[0] == 0
-    assert run("export", "models.py:model", "out", "model.onnx", "--decisions")[0] == 0
+    code, out, _ = run("export", "models.py:model", "out", "model.onnx", "--decisions")
+    assert (code, "no exit or gate is enabled, calibrate first" in out) == (0, True)
     before = (tmp_path / "model.onnx").read_bytes()
     code, _, error = run("export", "models.py:model", "out", "model.onnx")
     assert (code, "model.onnx, which exists" in error) == (1, True)
@@ -227,6 +230,35 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     code, _, error = run("set-threshold", "model.onnx", "exit0=0.5")
     assert (code, "no exit or gate was enabled" in error) == (1, True)
     assert (tmp_path / "model.onnx").read_bytes() == before
+
+
+def test_the_calibration_of_a_saved_model_is_in_its_file_until_the_model_is_saved_anew(tmp_path, monkeypatch, needs):
+    needs("sklearn")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models.py").write_text(CLI_MODELS)
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as stopped:
+            main([*arguments[:1], "models.py:model", "out", *arguments[1:]])
+        assert not stopped.value.code
+
+    def kept():
+        run("export", "model.onnx", "--force")
+        return {entry.key: entry.value for entry in onnx.load("model.onnx").metadata_props}.get(
+            "dyncompile.calibration"
+        )
+
+    run("convert", "--input-shape", "1,16,16", "-o", "exits=1")
+    run("calibrate", "--max-drop", "0.9")
+    assert json.loads(kept())["max_drop"] == 0.9
+    dyn = dc.load("out", make("models.py:model", nn.Module, argument="model"))
+    with torch.no_grad():
+        next(dyn.parameters()).mul_(2)
+    dc.save(dyn, "out")
+    assert kept() is None
+    (tmp_path / "out" / "calibration.json").write_text("[]")
+    with pytest.raises(RecipeError, match=r"calibration\.json is corrupt: TypeError"):
+        read_beside(tmp_path / "out")
 
 
 def test_thresholds_are_set_or_nothing_is(dyn, tmp_path, capsys, monkeypatch):

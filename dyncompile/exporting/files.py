@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,7 +32,7 @@ def export(
     *,
     routing: Routing = "sample",
     decisions: bool = False,
-    calibration: "Calibration | None" = None,
+    calibration: "Calibration | Mapping[str, Any] | None" = None,
 ) -> Path:
     """Write a model that skips without dyncompile. It is run and compared before it has its name.
 
@@ -50,7 +50,7 @@ def export(
         decisions: ONNX outputs beside the model's own: `decisions.NAME` int64 for each decision, -1 for rows that did
             not come to it, and `exit`, the number of the exit that a sample took: its place among the model's exits,
             disabled ones counted; how many these are where it took none.
-        calibration: Kept in the file's metadata, with the recipe and the costs.
+        calibration: Kept in the file's metadata, with the recipe and the costs; or what its `to_dict` gave.
 
     Returns:
         The path.
@@ -175,7 +175,7 @@ def staged(path: Path) -> Iterator[Path]:
 
 
 def _metadata(
-    dyn: DynamicModule, plain: "LoweredModule", routing: str, calibration: "Calibration | None"
+    dyn: DynamicModule, plain: "LoweredModule", routing: str, calibration: "Calibration | Mapping[str, Any] | None"
 ) -> dict[str, str]:
     """What the file says of itself: recipe, costs and calibration, as JSON."""
     model = dyn.cost_model()
@@ -188,5 +188,6 @@ def _metadata(
         "dyncompile.costs": json.dumps(costs),
     }
     if calibration is not None:
-        found["dyncompile.calibration"] = json.dumps(calibration.to_dict())
+        plain_values = calibration if isinstance(calibration, Mapping) else calibration.to_dict()
+        found["dyncompile.calibration"] = json.dumps(plain_values)
     return found

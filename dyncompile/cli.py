@@ -1,6 +1,5 @@
 """The command line, a thin layer over the API."""
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -178,6 +177,7 @@ def calibrate(
 ) -> None:
     """Choose the thresholds of a converted model; its folder is written anew, all at once."""
     import dyncompile as dc
+    from dyncompile.calibration.beside import write_beside
 
     if report:
         _free(report, force=force, argument="report")
@@ -185,6 +185,7 @@ def calibrate(
     images = _images(data, seed, dyn)
     calibration = dc.calibrate(dyn, images.calibration, max_drop=max_drop, confidence=confidence, seed=seed)
     dc.save(dyn, folder)
+    write_beside(calibration, folder)
     Console().print(calibration.table())
     if report:
         calibration.report(report)
@@ -228,10 +229,13 @@ def export(
 ) -> None:
     """Write a converted model as a file that skips without dyncompile; it is run and compared first."""
     import dyncompile as dc
+    from dyncompile.calibration.beside import read_beside
 
     _free(out, force=force, argument="out")
     dyn = _load(model, folder, device).eval()
-    dc.export(dyn, out, routing=routing, decisions=decisions)
+    dc.export(dyn, out, routing=routing, decisions=decisions, calibration=read_beside(folder))
+    enabled = [name for modules in (dyn.exits, dyn.gates) for name, module in modules.items() if bool(module.enabled)]
+    typer.echo(f"{out}: {', '.join(enabled) or 'nothing is skipped: no exit or gate is enabled, calibrate first'}")
 
 
 @app.command()
@@ -247,14 +251,14 @@ def set_threshold(
 
     values = {}
     for setting in settings:
-        name, equals, value = setting.partition("=")
-        try:
-            values[name] = json.loads(value)
-        except json.JSONDecodeError:
-            equals = ""
-        if not equals:
+        name, equals, text = setting.partition("=")
+        value = _number_or_switch(text)
+        if not equals or value is None:
             expected = "name=value, such as exit2=0.8 or exit2.enabled=false"
             raise ArgumentError("settings", found=repr(setting), expected=expected)
+        if name in values:
+            raise ArgumentError("settings", found=f"{name!r} twice", expected="one value for each")
+        values[name] = value
     for name, now in set_knobs(path, values).items():
         typer.echo(f"{name} = {now}")
 
@@ -269,6 +273,16 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
+
+
+def _number_or_switch(text: str) -> float | bool | None:
+    """What a knob can be set to; None for any other text."""
+    if (switch := {"true": True, "false": False}.get(text.lower())) is not None:
+        return switch
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _free(path: Path, *, force: bool, argument: str) -> None:

@@ -136,7 +136,7 @@ def analyse(graph: fx.Graph, dense: Collection[str] = ()) -> Demand:
             continue
         guards[node] = guard = _common_prefix(uses)
         guards.update(dict.fromkeys(members_of.pop(node, ()), guard))
-        if is_select(node) and decision_name(decision_of(node)) not in dense:
+        if is_select(node) and not _mixes(node) and decision_name(decision_of(node)) not in dense:
             key = (decision_of(node), depth[node], guard)
             unit = units.setdefault(key, Unit(decision_of(node), guard))
             unit.selects.insert(0, node)
@@ -157,6 +157,12 @@ def analyse(graph: fx.Graph, dense: Collection[str] = ()) -> Demand:
     regions.sort(key=lambda region: len(region.guard))
     ordered = sorted(units.values(), key=lambda unit: order[unit.selects[-1]])
     return Demand(guards, tuple(regions), tuple(ordered))
+
+
+def _mixes(select: fx.Node) -> bool:
+    """Whether a decision in evaluation is floating: it mixes both arms, so both are needed."""
+    found = decision_of(select).meta.get("spec")
+    return found is not None and bool(found.dtype.is_floating_point)
 
 
 def _uses_by_select(node: fx.Node, select: fx.Node, guard: Guard, unit: Unit) -> list[Guard]:

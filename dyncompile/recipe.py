@@ -56,6 +56,7 @@ class Recipe(pydantic.BaseModel):
         prediction_only: The other leaves of the output were dropped.
         steps: The passes, in order.
         arguments: How the model was called, as `encode` writes it; only in a saved recipe.
+        by_name: It was called by keyword arguments alone; only in a saved recipe.
         weights: SHA-256 of the weights that belong to it; only in a saved recipe.
     """
 
@@ -76,6 +77,7 @@ class Recipe(pydantic.BaseModel):
     prediction_only: bool = False
     steps: list[Step] = []
     arguments: dict[str, Any] = {}
+    by_name: bool = False
     weights: str = ""
 
     @property

@@ -96,7 +96,7 @@ def save(dyn: DynamicModule, folder: str | os.PathLike[str], *, force: bool = Fa
         except SafetensorError as error:
             raise RecipeError(f"the weights cannot be written: {error}") from error
         digest = _digest(staged)
-        recipe = dyn.recipe.model_copy(update={"arguments": arguments, "weights": digest})
+        recipe = dyn.recipe.model_copy(update={"arguments": arguments, "by_name": signature.by_name, "weights": digest})
         draft.write_text(recipe.model_dump_json(indent=2) + "\n", encoding="utf-8")
         # The recipe names its weights by hash. So the moment it is replaced decides which model
         # the folder holds, and weights that wait for their final name are found by that hash.
@@ -332,10 +332,13 @@ def _recapture(recipe: Recipe, model: nn.Module, inputs: Mapping[str, Tensor]) -
     arguments = {name: decode(value, inputs) for name, value in recipe.arguments.items()}
     bound = inspect.signature(model.forward).bind_partial()
     bound.arguments.update(arguments)
+    args, kwargs = bound.args, bound.kwargs
+    if recipe.by_name:
+        args, kwargs = (), {**dict(zip(bound.arguments, args, strict=False)), **kwargs}
     graph = capture(
         model,
-        bound.args,
-        bound.kwargs,
+        args,
+        kwargs,
         batch_dims=recipe.batch_dims,
         prediction=recipe.prediction,
         prediction_only=recipe.prediction_only,

@@ -1,6 +1,7 @@
 """What users and our own tests check a conversion with."""
 
 import dataclasses
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -291,7 +292,8 @@ def assert_convertible(
     path = None if baseline is None else Path(baseline)
     update = updating() if update is None else update
     before = None if path is None else Baseline() if update and not path.exists() else Baseline.read(path)
-    [report] = check(made, [passes], name=label, example_inputs=example_inputs, settings=settings)
+    with _no_compiler_trace():
+        [report] = check(made, [passes], name=label, example_inputs=example_inputs, settings=settings)
     if path is not None and before is not None and not update:
         advice = f"if this is meant, run `pytest --dyncompile-update` and commit {path}"
         compare(report, before.find(label, report.strategy), advice=advice)
@@ -301,6 +303,20 @@ def assert_convertible(
     if path is not None and before is not None and update and report.snapshot is not None:
         before.updated(label, report.strategy, report.snapshot).write(path)
     return report
+
+
+@contextmanager
+def _no_compiler_trace() -> Iterator[None]:
+    """Torch logs each step of its compiler for its own tool; pytest listens, and would show it beside a failure."""
+    trace = logging.getLogger("torch.__trace")
+    listening = [handler for handler in trace.handlers if type(handler).__module__.startswith("_pytest.")]
+    for handler in listening:
+        trace.removeHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in listening:
+            trace.addHandler(handler)
 
 
 def _label(model: nn.Module | Callable[[], nn.Module]) -> str:

@@ -152,6 +152,14 @@ def test_a_sound_conversion_passes_every_check(run, needs):
     assert statuses("found.json") == dict.fromkeys(Settings().checks, "passed")
 
 
+def test_what_a_model_prints_is_no_json(run, folder):
+    (folder / "loud.py").write_text("from models import model\nprint('made')\n")
+    code, out, err = run("check", "loud.py:model", *FAST, "-o", "exits=1", "--batch-size", "2", "--json", "-")
+    assert code == 0
+    assert json.loads(out)["passed"]
+    assert "made" in err
+
+
 def test_each_strategy_is_a_conversion_of_its_own(run):
     strategies = ("--strategy", "own.py:Skip,early_exit", "--strategy", "own.py:Skip")
     given = ("-o", "early_exit.exits=1", "-o", "own.py:Skip.spare=false", "--batch-size", "2", "--json", "-")

@@ -38,6 +38,9 @@ def number():
 
 def broken():
     raise RuntimeError("no weights here")
+
+def leaves():
+    raise SystemExit(0)
 """
 
 
@@ -151,6 +154,7 @@ def test_inspect_shows_what_convert_would_do(run, model):
         (["convert", "none.py:model", "out"], "error: `model`: found no file none.py"),
         (["convert", "models.py:none", "out"], "has no attribute 'none'"),
         (["convert", "models.py:broken", "out"], "RuntimeError: no weights here"),
+        (["convert", "models.py:leaves", "out"], "models.py:leaves, which fails (SystemExit: 0)"),
         (["convert", "models.py:number", "out"], "found a int from models.py:number"),
         (["convert", "no.such.module:model", "out"], "No module named 'no'"),
         (
@@ -187,6 +191,15 @@ def test_bad_input_is_one_line(run, model, tmp_path, needs, arguments, message):
     assert message in err
     assert err.count("\n") == 1
     assert sorted(path for path in tmp_path.rglob("*") if "pycache" not in str(path)) == before
+
+
+def test_a_file_imports_what_lies_beside_it(run, tmp_path, monkeypatch):
+    folder = tmp_path / "models"
+    folder.mkdir()
+    (folder / "beside_it.py").write_text(MODELS)
+    (folder / "models.py").write_text("from beside_it import model")
+    monkeypatch.chdir(tmp_path)
+    assert run("inspect", "models/models.py:model", "--input-shape", "1,8,8")[0] == 0
 
 
 @pytest.mark.parametrize(

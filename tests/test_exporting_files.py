@@ -14,11 +14,13 @@ from test_cli import MODELS as CLI_MODELS
 from torch import nn
 
 import dyncompile as dc
+from dyncompile.calibration.beside import read_beside
 from dyncompile.checking.deciding import settle
 from dyncompile.cli import main
 from dyncompile.demo.datasets import load
+from dyncompile.demo.factory import make
 from dyncompile.demo.models import ResNet
-from dyncompile.errors import ArgumentError, ExportError, LoweringError
+from dyncompile.errors import ArgumentError, ExportError, LoweringError, RecipeError
 from dyncompile.exporting import checking, files, set_knobs
 from dyncompile.exporting.stages import StagedModel
 from dyncompile.passes.frame_skip import FrameSkip
@@ -137,6 +139,8 @@ def test_stages_decide_and_compute_what_the_model_does(dyn, tmp_path):
         fast = dc.lower(dyn, backend="eager", decline=False)
         fast(x)
         assert staged.last_run == fast.last_run
+    nothing = staged(x=np.empty((0, 3, 8, 8), np.float32))
+    assert [nothing[name].shape for name in ("output", "exit", "decisions.exit1")] == [(0, 5), (0,), (0,)]
     set_knobs(path, {"exit0": 0.0})
     assert StagedModel(path)(x=x.numpy())["exit"].max() == 0
     manifest = json.loads((path / "manifest.json").read_text())
@@ -217,18 +221,49 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models.py").write_text(CLI_MODELS)
     assert run("convert", "models.py:model", "out", "--input-shape", "1,8,8", "-o", "exits=1")[0] == 0
-    assert run("export", "models.py:model", "out", "model.onnx", "--decisions")[0] == 0
+    code, out, _ = run("export", "models.py:model", "out", "model.onnx", "--decisions")
+    assert (code, "no exit or gate is enabled, calibrate first" in out) == (0, True)
     before = (tmp_path / "model.onnx").read_bytes()
     code, _, error = run("export", "models.py:model", "out", "model.onnx")
     assert (code, "model.onnx, which exists" in error) == (1, True)
     # A disabled exit is left out: there is nothing to set.
     code, _, error = run("set-threshold", "model.onnx", "exit0=0.5")
-    assert (code, "has no thresholds" in error) == (1, True)
+    assert (code, "no exit or gate was enabled" in error) == (1, True)
     assert (tmp_path / "model.onnx").read_bytes() == before
 
 
-def test_thresholds_are_set_or_nothing_is(dyn, tmp_path, capsys):
+def test_the_calibration_of_a_saved_model_is_in_its_file_until_the_model_is_saved_anew(tmp_path, monkeypatch, needs):
+    needs("sklearn")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models.py").write_text(CLI_MODELS)
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as stopped:
+            main([*arguments[:1], "models.py:model", "out", *arguments[1:]])
+        assert not stopped.value.code
+
+    def kept():
+        run("export", "model.onnx", "--force")
+        return {entry.key: entry.value for entry in onnx.load("model.onnx").metadata_props}.get(
+            "dyncompile.calibration"
+        )
+
+    run("convert", "--input-shape", "1,16,16", "-o", "exits=1")
+    run("calibrate", "--max-drop", "0.9")
+    assert json.loads(kept())["max_drop"] == 0.9
+    dyn = dc.load("out", make("models.py:model", nn.Module, argument="model"))
+    with torch.no_grad():
+        next(dyn.parameters()).mul_(2)
+    dc.save(dyn, "out")
+    assert kept() is None
+    (tmp_path / "out" / "calibration.json").write_text("[]")
+    with pytest.raises(RecipeError, match=r"calibration\.json is corrupt: TypeError"):
+        read_beside(tmp_path / "out")
+
+
+def test_thresholds_are_set_or_nothing_is(dyn, tmp_path, capsys, monkeypatch):
     path = dc.export(dyn, tmp_path / "model.onnx")
+    (tmp_path / "link.onnx").symlink_to(path)
     before = path.read_bytes()
     (tmp_path / "other.onnx").write_text("no model")
     for arguments, why in (
@@ -236,6 +271,12 @@ def test_thresholds_are_set_or_nothing_is(dyn, tmp_path, capsys):
         ((path, "exit0=0.5", "exit1=high"), "'exit1=high'"),
         ((path, "exit0=0.5", "exit1.enabled=0.5"), "true or false"),
         ((path, "exit0.temperature=0"), "a temperature above 0"),
+        ((path, "exit0.temperature=1e-60"), "a temperature above 0"),
+        ((path, "exit0.temperature=1e60"), "a finite number"),
+        ((path, "exit0=nan"), "a finite number"),
+        ((path, "exit0=1.01"), r"a number in [0, 1]"),
+        ((path, "exit0=0.5", "exit0=0.6"), "'exit0' twice"),
+        ((path, "exit0=0.5", "exits.exit0.threshold=0.6"), "'exits.exit0.threshold' twice"),
         ((tmp_path / "other.onnx", "exit0=0.5"), "no ONNX model"),
         ((tmp_path / "none.onnx", "exit0=0.5"), "no such file"),
     ):
@@ -243,11 +284,20 @@ def test_thresholds_are_set_or_nothing_is(dyn, tmp_path, capsys):
             main(["set-threshold", *map(str, arguments)])
         assert stopped.value.code == 1
         assert why in capsys.readouterr().err
+    with pytest.raises(ExportError, match=r"no manifest\.json in it"):
+        set_knobs(tmp_path, {"exit0": 0.5})
+    with monkeypatch.context() as patched:
+        patched.setattr("os.access", lambda *_: False)  # the tests may be run by root, who may write anything
+        with pytest.raises(ExportError, match="is read-only"):
+            set_knobs(path, {"exit0": 0.5})
     assert path.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link.onnx", "model.onnx", "other.onnx"]
+    path.chmod(0o640)
     with pytest.raises(SystemExit):
-        main(["set-threshold", str(path), "exit1=0.8", "exit0.enabled=false"])
+        main(["set-threshold", str(tmp_path / "link.onnx"), "exit1=.8", "exit0.enabled=False"])
     assert "exits.exit1.threshold = 0.8" in capsys.readouterr().out
     assert set_knobs(path, {})["exits.exit0.enabled"] is False
+    assert (path.stat().st_mode & 0o777, (tmp_path / "link.onnx").is_symlink()) == (0o640, True)
 
 
 def test_stages_decide_a_thousand_real_images_as_the_lowered_model_does(tmp_path, needs):

@@ -5,10 +5,12 @@ import sys
 
 import pytest
 import torch
+from exiting import Net, Tokens
 from test_exporting import converted, example
 from test_frame_skip import STEPS, WIDTH, Reader
 
 import dyncompile as dc
+from dyncompile.checking.deciding import settle, switch_on
 from dyncompile.passes.frame_skip import FrameSkip
 
 # A process in which dyncompile cannot be imported.
@@ -52,6 +54,26 @@ def check_alone(dyn, inputs, path):
 )
 def test_it_loads_without_dyncompile(kind, chain, tmp_path):
     check_alone(converted(kind, chain), lambda n: example(kind, n), tmp_path / "model.pt2")
+
+
+def test_an_arm_gives_other_strides_than_what_it_replaces(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(16, 3, 6, 6)
+    dyn = dc.dynamize(Net(blocks=2, tail="pixels"), "early_exit", exits=1, example_inputs=x[:2]).eval()
+    settle(switch_on(dyn), (x,))
+    check_alone(dyn, lambda n: (torch.randn(n, 3, 6, 6),), tmp_path / "model.pt2")
+
+
+def test_it_is_called_by_keyword_where_the_example_was(tmp_path):
+    model = Tokens().eval()
+    ids, mask = torch.randint(0, 20, (5, 6)), torch.ones(5, 6, dtype=torch.int64)
+    mask[1, 3:] = 0
+    named = {"ids": ids, "attention_mask": mask}
+    dyn = dc.dynamize(model, "early_exit", exits=1, example_inputs=named).eval()
+    dc.save(dyn, tmp_path / "saved")
+    for number, one in enumerate((dyn, dc.load(tmp_path / "saved", model))):
+        path = dc.export(one, tmp_path / f"{number}.pt2")
+        torch.testing.assert_close(torch.export.load(path).module()(**named), dyn(**named))
 
 
 @pytest.mark.parametrize("reads", ["input", "state"])

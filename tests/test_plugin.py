@@ -1,6 +1,7 @@
 """`torch.compile(model, backend="dyncompile")`."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 import dyncompile as dc
 from dyncompile.graph import spec
-from dyncompile.lowering import LoweredModule
+from dyncompile.lowering import LoweredModule, lower
 
 
 class Written(nn.Module):
@@ -200,3 +201,178 @@ def test_without_a_select_it_is_inductor(device, monkeypatch):
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model, backend="dyncompile")(x), model(x))
     assert len(called) == 1
+
+
+class Gated(nn.Module):
+    """A layer that some samples take."""
+
+    def __init__(self):
+        super().__init__()
+        self.arm = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return dc.select(x[:, 0] > 0, self.arm(x), x)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Segments run as they are: what is asked here does not hang on who compiles them."""
+    monkeypatch.setattr("dyncompile.lowering.lower", lambda dyn, **_: lower(dyn, backend="eager"))
+
+
+def test_modules_of_one_class_keep_their_own_weights(device, lowered_runs, uncompiled):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    models = [Gated().to(device).eval() for _ in range(3)]
+    call = torch.compile(lambda model, x: model(x), backend="dyncompile", fullgraph=True)
+    x = torch.randn(6, 4, device=device)
+    with torch.no_grad():
+        for model in models * 2:
+            torch.testing.assert_close(call(model, x), model(x))
+        models[0].arm.weight = nn.Parameter(models[0].arm.weight * 2)
+        models[1].arm.weight.data = models[1].arm.weight * 2
+        for model in models:
+            torch.testing.assert_close(call(model, x), model(x))
+    assert len(lowered_runs) == 9, "all of them skip"
+
+
+class Doubles(Gated):
+    def forward(self, x):
+        x.mul_(2)
+        return super().forward(x)
+
+
+class Counts(Gated):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+class Normalises(Gated):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("variance", torch.ones(4))
+
+    def forward(self, x):
+        return super().forward(nn.functional.batch_norm(x, self.mean, self.variance, training=True))
+
+
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (Doubles, "it writes to `l_x_`"),
+        (Counts, "it writes to `l_self_buffers_calls_`"),
+        (Normalises, "it writes to `l_self_buffers_mean_`"),
+    ],
+)
+def test_what_a_graph_writes_is_written_once(device, make, word):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = make().to(device)
+    reference = copy.deepcopy(model)
+    x = torch.randn(6, 4, device=device)
+    y = x.clone()
+    with torch.no_grad():
+        with pytest.warns(UserWarning, match=word):
+            found = torch.compile(model, backend="dyncompile")(x)
+        torch.testing.assert_close(found, reference(y))
+    torch.testing.assert_close(x, y)
+    torch.testing.assert_close(model.state_dict(), reference.state_dict())
+
+
+def test_random_numbers_are_drawn_anew_by_every_call(device):
+    torch._dynamo.reset()
+
+    def dropped(x):
+        return dc.select(torch.rand(x.shape[0], device=x.device) > 0.5, x + 1, x)
+
+    x = torch.zeros(64, 1, device=device)
+    fast = torch.compile(dropped, backend="dyncompile")
+    with torch.no_grad(), pytest.warns(UserWarning, match="it draws random numbers"):
+        first, second = fast(x), fast(x)
+    assert not torch.equal(first, second)
+
+
+def test_decisions_that_mix_and_outputs_that_are_integers(device, lowered_runs, uncompiled):
+    torch._dynamo.reset()
+
+    def mixes(x):
+        z = (x * 9).long()
+        return dc.select(x[:, 0].sigmoid(), z.float(), x).long(), dc.select(x[:, 1] > 0, z * 2, z)
+
+    x = torch.randn(6, 4, device=device)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(mixes, backend="dyncompile")(x), mixes(x))
+    assert lowered_runs[0]["always"] == 6
+    assert len(lowered_runs[0]) == 2
+
+
+def test_an_empty_batch_first(device, lowered_runs, uncompiled):
+    torch._dynamo.reset()
+    model = Gated().to(device).eval()
+    fast = torch.compile(model, backend="dyncompile")
+    with torch.no_grad():
+        for n in (0, 3):
+            x = torch.randn(n, 4, device=device)
+            torch.testing.assert_close(fast(x), model(x))
+    assert len(lowered_runs) == 1
+
+
+@pytest.mark.parametrize("wrong", [{"mode": "fastest"}, {"options": {"speed": 9}}])
+def test_modes_and_options_are_inductors(device, wrong):
+    torch._dynamo.reset()
+    with torch.no_grad(), pytest.raises(Exception, match=r"mode=fastest|option speed"):
+        torch.compile(Gated().to(device).eval(), backend="dyncompile", **wrong)(torch.randn(3, 4, device=device))
+
+
+def test_settings_reach_every_segment(device, monkeypatch):
+    torch._dynamo.reset()
+    seen = []
+    compiled = torch._inductor.compile_fx.compile_fx_inner
+
+    def watched(*args, **kwargs):
+        seen.append((torch._inductor.config.epilogue_fusion, torch._inductor.config.max_autotune))
+        return compiled(*args, **kwargs)
+
+    monkeypatch.setattr("dyncompile.lowering.inductor.compile_fx_inner", watched)
+    model = Gated().to(device).eval()
+    x = torch.randn(3, 4, device=device)
+    fast = torch.compile(model, backend="dyncompile", options={"epilogue_fusion": False})
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x))
+    assert set(seen) == {(False, False)}
+
+
+class Reshapes(nn.Module):
+    """Reads the batch size off its input, as models do; dynamo writes it into the graph as a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, 4))
+        self.arm = nn.Linear(4, 4)
+
+    def forward(self, x):
+        n = x.shape[0]
+        x = torch.cat((self.token.expand(n, -1, -1), x.view(n, 2, 4)), 1)
+        h = x.reshape(n * 3, 4)
+        h = dc.select(h[:, 0] > 0, self.arm(h), h) + torch.zeros(n * 3, 1, device=x.device)
+        return h.view(n, 12)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_graph_that_holds_its_batch_size_skips(device, lowered_runs, uncompiled, batch, capfd):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Reshapes().to(device).eval()
+    fast = torch.compile(model, backend="dyncompile", dynamic=False)
+    x = torch.randn(batch, 8, device=device)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x))
+    assert lowered_runs[0]["always"] == batch
+    assert 0 < sum(lowered_runs[0].values()) - batch < 3 * batch
+    assert capfd.readouterr().err == ""

@@ -25,6 +25,7 @@ class Signature:
         output: Structure of the output.
         output_names: A readable name for each leaf of the output.
         prediction: Which leaf of the output is the prediction.
+        by_name: The example passed every argument by keyword; so do programs that are made of the model.
     """
 
     parameters: inspect.Signature
@@ -35,6 +36,7 @@ class Signature:
     output: pytree.TreeSpec | None = None
     output_names: tuple[str, ...] = ()
     prediction: int = 0
+    by_name: bool = False
 
     @classmethod
     def of(cls, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "Signature":
@@ -52,6 +54,7 @@ class Signature:
             spec=spec,
             constants=constants,
             names=names,
+            by_name=not args,
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Signature":
@@ -106,7 +109,8 @@ class Signature:
         values: dict[str, Any] = pytree.tree_unflatten(leaves, self.spec)
         bound = self.parameters.bind_partial()
         bound.arguments.update(values)
-        return bound.args, bound.kwargs
+        args, kwargs = bound.args, bound.kwargs
+        return ((), {**dict(zip(values, args, strict=False)), **kwargs}) if self.by_name else (args, kwargs)
 
     def unflatten(self, leaves: tuple[Any, ...] | list[Any]) -> Any:
         """The user's structure of outputs."""
@@ -120,17 +124,18 @@ class Signature:
 
         Args:
             output: What the model returned.
-            prediction: Name of the leaf that is the prediction; None takes `logits`, else the only
-                floating leaf.
+            prediction: Name of the leaf that is the prediction, a floating one if there is any; None takes `logits`,
+                else the only floating leaf.
 
         Raises:
             ArgumentError: No leaf of that name, or several that could be meant.
         """
         named = named_leaves(output)
         names = tuple(name for name, _ in named)
-        floating = [i for i, (_, v) in enumerate(named) if isinstance(v, Tensor) and v.is_floating_point()]
+        tensors = [i for i, (_, v) in enumerate(named) if isinstance(v, Tensor)]
+        floating = [i for i in tensors if named[i][1].is_floating_point()]
         if prediction is not None:
-            chosen = [i for i in floating if names[i] == prediction]
+            chosen = [i for i in floating or tensors if names[i] == prediction]
         else:
             chosen = [i for i in floating if names[i].split(".")[-1] == "logits"] or floating
         if len(chosen) != 1:

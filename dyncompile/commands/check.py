@@ -1,6 +1,8 @@
 """`dyncompile check`: whether rewriting a model by some strategies keeps what every conversion keeps."""
 
+import contextlib
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,45 +75,47 @@ def check(
     """
     piped = json is not None and str(json) == "-"
     console = Console(stderr=piped)
-    try:
-        settings = _settings(batch_size, backend, export=export)
-        before = _baseline(baseline, update=update)
-        _check_outputs(baseline, json, junit)
-        if junit is not None:
-            require("junitparser", extra="check")
-        strategies = read_passes(strategy, option)
-        static = read_model(model)
-        inputs = _inputs(input_shape, example_inputs)
-    except (DyncompileError, OSError) as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2) from None
+    # What the model's own code prints does not get between the lines of the JSON.
+    with contextlib.redirect_stdout(sys.stderr) if piped else contextlib.nullcontext():
+        try:
+            settings = _settings(batch_size, backend, export=export)
+            before = _baseline(baseline, update=update)
+            _check_outputs(baseline, json, junit)
+            if junit is not None:
+                require("junitparser", extra="check")
+            strategies = read_passes(strategy, option)
+            static = read_model(model)
+            inputs = _inputs(input_shape, example_inputs)
+        except (DyncompileError, OSError) as error:
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2) from None
 
-    from dyncompile.checking import check as run
-    from dyncompile.checking import compare, formats
-    from dyncompile.demo.factory import origin
+        from dyncompile.checking import check as run
+        from dyncompile.checking import compare, formats
+        from dyncompile.demo.factory import origin
 
-    annotated = os.environ.get("GITHUB_ACTIONS") == "true" if github is None else github
-    file, line = origin(model)
-    reports: list[Report] = []
-    with console.status("") as status:
-        conversions = run(
-            static,
-            strategies,
-            name=model,
-            example_inputs=inputs,
-            settings=settings,
-            started=lambda strategy, check: status.update(f"{strategy}: {check}"),
-        )
-        for report in conversions:
-            if before is not None and not update:
-                advice = f"if this is meant, run again with --update and commit {baseline}"
-                compare(report, before.find(report.model, report.strategy), advice=advice)
-            console.print(formats.table(report), highlight=False)
-            console.print(formats.summary(report), highlight=False, style="dim")
-            console.print()
-            for annotation in formats.annotations(report, file, line) if annotated else ():
-                console.print(annotation, highlight=False, soft_wrap=True, markup=False)
-            reports.append(report)
+        annotated = os.environ.get("GITHUB_ACTIONS") == "true" if github is None else github
+        file, line = origin(model)
+        reports: list[Report] = []
+        with console.status("") as status:
+            conversions = run(
+                static,
+                strategies,
+                name=model,
+                example_inputs=inputs,
+                settings=settings,
+                started=lambda strategy, check: status.update(f"{strategy}: {check}"),
+            )
+            for report in conversions:
+                if before is not None and not update:
+                    advice = f"if this is meant, run again with --update and commit {baseline}"
+                    compare(report, before.find(report.model, report.strategy), advice=advice)
+                console.print(formats.table(report), highlight=False)
+                console.print(formats.summary(report), highlight=False, style="dim")
+                console.print()
+                for annotation in formats.annotations(report, file, line) if annotated else ():
+                    console.print(annotation, highlight=False, soft_wrap=True, markup=False)
+                reports.append(report)
     if baseline is not None and before is not None and update:
         _update(baseline, before, reports, console)
     if junit is not None:

@@ -4,7 +4,8 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -41,7 +42,7 @@ def make(spec: str, kind: type[T], *, argument: str, options: Mapping[str, Any] 
         made = getattr(_import(module_name), name)(**(options or {}))
     except DyncompileError:
         raise
-    except Exception as error:  # what a user's code raises can be anything
+    except (Exception, SystemExit) as error:  # what a user's code raises can be anything; its exit code is not ours
         found = f"{spec}, which fails ({type(error).__name__}: {error})"
         raise ArgumentError(argument, found=found, expected=expected) from error
     if not isinstance(made, kind):
@@ -68,13 +69,20 @@ def _in_sys(name: str) -> str:
     return f"_dyncompile_{Path(name).stem}" if name.endswith(".py") else name
 
 
+@contextmanager
+def _found_first(folder: Path) -> Iterator[None]:
+    """Imports look into a folder first, as they do beside a script."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+
+
 def _import(name: str) -> ModuleType:
     if not name.endswith(".py"):
-        sys.path.insert(0, str(Path.cwd()))
-        try:
+        with _found_first(Path.cwd()):
             return importlib.import_module(name)
-        finally:
-            sys.path.pop(0)
     path = Path(name).resolve()
     module_name = _in_sys(name)
     spec = importlib.util.spec_from_file_location(module_name, path)
@@ -82,5 +90,6 @@ def _import(name: str) -> ModuleType:
         raise ImportError(f"{name} is no Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
-    spec.loader.exec_module(module)
+    with _found_first(path.parent):
+        spec.loader.exec_module(module)
     return module

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,7 +32,7 @@ def export(
     *,
     routing: Routing = "sample",
     decisions: bool = False,
-    calibration: "Calibration | None" = None,
+    calibration: "Calibration | Mapping[str, Any] | None" = None,
 ) -> Path:
     """Write a model that skips without dyncompile. It is run and compared before it has its name.
 
@@ -42,14 +42,15 @@ def export(
     Args:
         dyn: The dynamic model, in eval mode.
         path: `*.onnx`; `*.pt2`, a `torch.export` program with nested `torch.cond`; `*.aoti.pt2`, compiled by
-            AOTInductor; or a folder for `routing="stages"`. What is there is replaced, once the new is complete.
+            AOTInductor; or a folder for `routing="stages"`. A program is called as the example inputs were given: by
+            position, or by keyword where they were a dict. What is there is replaced, once the new is complete.
         routing: "sample": within a batch each arm runs on the rows that take it. "batch": an arm runs on the whole
             batch as soon as one row takes it; for batch 1, and what `*.pt2` always does. "stages": an ONNX file for
             each segment, a manifest, and the host (`dyncompile.exporting.stages.StagedModel`) between them.
         decisions: ONNX outputs beside the model's own: `decisions.NAME` int64 for each decision, -1 for rows that did
             not come to it, and `exit`, the number of the exit that a sample took: its place among the model's exits,
             disabled ones counted; how many these are where it took none.
-        calibration: Kept in the file's metadata, with the recipe and the costs.
+        calibration: Kept in the file's metadata, with the recipe and the costs; or what its `to_dict` gave.
 
     Returns:
         The path.
@@ -174,7 +175,7 @@ def staged(path: Path) -> Iterator[Path]:
 
 
 def _metadata(
-    dyn: DynamicModule, plain: "LoweredModule", routing: str, calibration: "Calibration | None"
+    dyn: DynamicModule, plain: "LoweredModule", routing: str, calibration: "Calibration | Mapping[str, Any] | None"
 ) -> dict[str, str]:
     """What the file says of itself: recipe, costs and calibration, as JSON."""
     model = dyn.cost_model()
@@ -187,5 +188,6 @@ def _metadata(
         "dyncompile.costs": json.dumps(costs),
     }
     if calibration is not None:
-        found["dyncompile.calibration"] = json.dumps(calibration.to_dict())
+        plain_values = calibration if isinstance(calibration, Mapping) else calibration.to_dict()
+        found["dyncompile.calibration"] = json.dumps(plain_values)
     return found

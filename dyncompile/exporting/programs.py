@@ -102,7 +102,15 @@ class _Program(nn.Module):
         leaves: Any = plan.graph.output_node().args[0]
         self.leaves = [(place[v], None) if isinstance(v, fx.Node) else (-1, v) for v in leaves]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self.run(*args, **kwargs)
+
+        # Export names inputs by it, and matches keyword arguments.
+        forward.__signature__ = self.signature.parameters  # type: ignore[attr-defined]
+        self.forward = forward
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward."""
         values = self.root(*self.signature.flatten(args, kwargs))
         return self.signature.unflatten([values[i] if i >= 0 else constant for i, constant in self.leaves])
 
@@ -186,7 +194,7 @@ class _Unchanged(nn.Module):
         self.first = first
 
     def forward(self, *operands: Tensor) -> tuple[Tensor, ...]:
-        return tuple(value.clone() for value in operands[self.first :])
+        return tuple(value.clone(memory_format=torch.contiguous_format) for value in operands[self.first :])
 
 
 def _item(values: tuple[Tensor, ...], index: int) -> Tensor:
@@ -206,10 +214,10 @@ def _place(select: fx.Node, step: Conditional) -> tuple[int, int]:
 
 
 def _merged(mask: Tensor, value: Tensor, before: Tensor, dim: int, entries: int) -> Tensor:
-    """The value where the mask is true."""
+    """The value where the mask is true; row-major, since both branches have to give the same strides."""
     if entries > 1:
         mask = mask.unsqueeze(1).expand(-1, entries).reshape(-1)
-    return torch.where(mask.reshape([1] * dim + [-1] + [1] * (value.dim() - dim - 1)), value, before)
+    return torch.where(mask.reshape([1] * dim + [-1] + [1] * (value.dim() - dim - 1)), value, before).contiguous()
 
 
 def _zeros(decision: Tensor, shape: tuple[int, ...], dtype: torch.dtype, dim: int, entries: int) -> Tensor:

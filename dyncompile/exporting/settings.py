@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dyncompile.errors import ArgumentError, ExportError, require
+from dyncompile.exporting.stages import MANIFEST
 
 Value = float | bool
 
@@ -30,9 +32,11 @@ def set_knobs(path: str | os.PathLike[str], values: Mapping[str, Value]) -> dict
 
     Raises:
         ArgumentError: No such knob, or a value that it cannot have.
-        ExportError: Not an ONNX file that dyncompile wrote.
+        ExportError: Not an ONNX file that dyncompile wrote, or one that may not be written to.
     """
-    path = Path(path)
+    path = Path(path).resolve()
+    if path.is_dir() and not (path / MANIFEST).is_file():
+        raise ExportError(f"{path}: no {MANIFEST} in it: not a folder that dyncompile exported")
     files = sorted(path.glob("*.onnx")) if path.is_dir() else [path]
     models = {file: _load(file) for file in files}
     found: dict[str, list[Any]] = {}
@@ -40,8 +44,15 @@ def set_knobs(path: str | os.PathLike[str], values: Mapping[str, Value]) -> dict
         for name, tensor in _knobs(model):
             found.setdefault(name, []).append(tensor)
     if not found:
-        raise ExportError(f"{path} has no thresholds: dyncompile did not export it")
-    changed = {_full(name, found): value for name, value in values.items()}
+        ours = any(entry.key == KNOBS_KEY for model in models.values() for entry in model.metadata_props)
+        why = "no exit or gate was enabled when it was exported" if ours else "dyncompile did not export it"
+        raise ExportError(f"{path} has no thresholds: {why}")
+    changed: dict[str, Value] = {}
+    for name, value in values.items():
+        full = _full(name, found)
+        if full in changed:
+            raise ArgumentError("knob", found=f"{full!r} twice", expected="one value for each")
+        changed[full] = value
     for name, value in changed.items():
         for tensor in found[name]:
             _set(name, tensor, value)
@@ -49,8 +60,11 @@ def set_knobs(path: str | os.PathLike[str], values: Mapping[str, Value]) -> dict
     try:
         for file, model in models.items():
             if any(name in changed for name, _ in _knobs(model)):
+                if not os.access(file, os.W_OK):
+                    raise ExportError(f"{file} is read-only")
                 drafts[file] = file.with_name(f".{file.name}.{os.getpid()}")
                 drafts[file].write_bytes(model.SerializeToString())
+                shutil.copymode(file, drafts[file])
         for file, draft in drafts.items():
             draft.replace(file)
     finally:
@@ -95,22 +109,26 @@ def _full(name: str, found: Mapping[str, object]) -> str:
 
 def _set(name: str, tensor: Any, value: Value) -> None:
     helper = require("onnx", extra="export").numpy_helper
-    array = helper.to_array(tensor)
+    dtype = helper.to_array(tensor).dtype
     kind = name.rpartition(".")[2]
     given: Any = value
-    if array.dtype == np.bool_:
+    number = not isinstance(given, bool) and isinstance(given, int | float)
+    with np.errstate(over="ignore"):
+        # What the file will hold: a number that is too small for its dtype is zero there.
+        array = np.asarray(given if number or isinstance(given, bool) else math.nan, dtype)
+    if dtype == np.bool_:
         fits, expected = isinstance(given, bool), "true or false"
-    elif isinstance(given, bool) or not isinstance(given, int | float) or not math.isfinite(given):
+    elif not number or not np.isfinite(array):
         fits, expected = False, "a finite number"
     elif kind == "threshold":
-        fits, expected = 0 <= given <= 1, "a number in [0, 1]"
+        fits, expected = bool(0 <= array <= 1), "a number in [0, 1]"
     elif kind == "temperature":
-        fits, expected = given > 0, "a temperature above 0"
+        fits, expected = bool(array > 0), "a temperature above 0"
     else:
         fits, expected = True, ""
     if not fits:
         raise ArgumentError(name, found=repr(value), expected=expected)
-    tensor.CopyFrom(helper.from_array(np.asarray(value, array.dtype), tensor.name))
+    tensor.CopyFrom(helper.from_array(array, tensor.name))
 
 
 def _value(tensor: Any) -> Value:

@@ -257,7 +257,12 @@ class StagedModel:
                     continue
                 part = found[name] if name in found else self._gather(name, values[name], rows, step.rows)
                 self._scatter(select, results, part, rows, step.rows, whole)
-        return results
+        return results if whole else {select: self._nothing(select) for select in step.selects}
+
+    def _nothing(self, name: str) -> Array:
+        """A value without rows."""
+        known = self.manifest.values[name]
+        return np.empty([0 if i == known.batch_dim else size for i, size in enumerate(known.shape)], known.dtype)
 
     def _gather(self, name: str, value: Array, rows: Array, per: int) -> Array:
         known = self.manifest.values[name]

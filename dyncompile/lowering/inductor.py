@@ -20,7 +20,7 @@ code by source.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -59,6 +59,7 @@ def compile_segment(
     inputs: Sequence[SegmentInput],
     *,
     cudagraphs: bool = False,
+    settings: Mapping[str, Any] | None = None,
     like: "CompiledSegment | None" = None,
 ) -> "CompiledSegment":
     """Compile a straight-line segment for every batch size.
@@ -74,6 +75,7 @@ def compile_segment(
         inputs: How each input carries the batch.
         cudagraphs: Record and replay CUDA graphs, one a batch size. The next call then overwrites
             the outputs.
+        settings: Of `torch._inductor.config`, such as `{"max_autotune": True}`.
         like: One of equal structure (`dyncompile.lowering.sharing`) with examples alike, whose programs are taken,
             with this segment's weights, where that can be done.
 
@@ -81,7 +83,7 @@ def compile_segment(
         ArgumentError: `inputs` does not fit `example_inputs`.
         LoweringError: The segment computes something that is tied to the example's batch size.
     """
-    return CompiledSegment(segment, example_inputs, inputs, cudagraphs=cudagraphs, like=like)
+    return CompiledSegment(segment, example_inputs, inputs, cudagraphs=cudagraphs, settings=settings, like=like)
 
 
 def compile_module(
@@ -159,6 +161,7 @@ class CompiledSegment:
         inputs: Sequence[SegmentInput],
         *,
         cudagraphs: bool = False,
+        settings: Mapping[str, Any] | None = None,
         like: "CompiledSegment | None" = None,
     ) -> None:
         self._batch_of, batch = _batch(example_inputs, inputs)
@@ -168,6 +171,7 @@ class CompiledSegment:
         self.formats = [memory_format(t) for t in example_inputs]
         self.output_formats: list[torch.memory_format] = []
         self._cudagraphs = cudagraphs
+        self._settings = dict(settings or {})
         # Constants of a program lie in this copy, so the user's weights may change or go.
         self._segment: nn.Module | None = copy.deepcopy(segment).eval()
         found = structure(self._segment) if isinstance(self._segment, fx.GraphModule) else None
@@ -278,6 +282,7 @@ class CompiledSegment:
             return code[0]
 
         patches = {
+            **self._settings,
             "freezing": True,
             "freezing_discard_parameters": False,
             # Else it writes scalars into its code (thresholds), which then is of this segment alone; and what it keeps

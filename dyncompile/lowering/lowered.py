@@ -32,7 +32,7 @@ _CLEAR = 0.05
 """Distance of a confidence from its threshold beyond which no rounding changes the decision."""
 
 BACKENDS = ("inductor", "eager")
-_OPTIONS: dict[str, set[str]] = {"inductor": {"cudagraphs"}, "eager": set()}
+_OPTIONS: dict[str, set[str]] = {"inductor": {"cudagraphs", "settings"}, "eager": set()}
 
 
 class LoweredModule(nn.Module):
@@ -364,7 +364,7 @@ def lower(
         buckets: Fill the rows of a part of a batch up to the next of these sizes, so that a program
             made for one size (a CUDA graph) serves many.
         options: Options of the backend: `cudagraphs=True` for "inductor" on a GPU, with which the next call
-            overwrites the results of the one before: clone what is kept.
+            overwrites the results of the one before: clone what is kept; `settings={...}` of `torch._inductor.config`.
 
     Returns:
         A module that is called as the static model is, from several threads too. As in eager mode, an output that the

@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from dyncompile.capture import capture
 from dyncompile.errors import MixedSamplesError
+from dyncompile.features import channel_dim
 from dyncompile.graph import Size, Spec, spec
 
 
@@ -246,7 +247,7 @@ def test_a_size_out_of_proportion_is_refused(device):
 
 def test_channels_lie_where_the_layers_keep_them(captured):
     graph = captured("resnet18")
-    assert {graph.channel_dim(n) for n in graph.cut_points if len(spec(n).shape) == 4} == {1}
+    assert {channel_dim(graph, n) for n in graph.cut_points if len(spec(n).shape) == 4} == {1}
     graph = captured("vit_b_16")
     assert {graph.channel_dim(b.add) for b in graph.residual_branches} == {2}
     graph = captured("swin_t")

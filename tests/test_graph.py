@@ -249,6 +249,6 @@ def test_channels_lie_where_the_layers_keep_them(captured):
     graph = captured("resnet18")
     assert {channel_dim(graph, n) for n in graph.cut_points if len(spec(n).shape) == 4} == {1}
     graph = captured("vit_b_16")
-    assert {graph.channel_dim(b.add) for b in graph.residual_branches} == {2}
+    assert {channel_dim(graph, b.add) for b in graph.residual_branches} == {2}
     graph = captured("swin_t")
-    assert {graph.channel_dim(b.add) for b in graph.residual_branches} == {3}
+    assert {channel_dim(graph, b.add) for b in graph.residual_branches} == {3}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_inductor import Residual, compilations, images, traced
 from torch import nn
+from torch._inductor.utils import fresh_cache
 from torch.testing import assert_close
 
 import dyncompile as dc
@@ -66,6 +67,30 @@ def test_what_is_shared_is_a_snapshot_too(device):
             for tensor in segment.parameters():
                 tensor.add_(1)
         assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
+
+
+class TwoTables(nn.Module):
+    """Two buffers in one place of memory, or not."""
+
+    def __init__(self, *, one_place: bool) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.randn(16))
+        self.register_buffer("shift", self.scale[:] if one_place else torch.randn(16))
+
+    def forward(self, x):
+        return x * self.scale, x + self.shift
+
+
+@pytest.mark.parametrize("order", [(True, False), (False, True)])
+def test_buffers_in_one_place_are_one_by_chance(order, device):
+    torch.manual_seed(0)
+    segments = [traced(TwoTables(one_place=one_place), device) for one_place in order]
+    x = torch.randn(4, 16, device=device)
+    with fresh_cache():
+        pattern = compile_segment(segments[0], [x], [SegmentInput()])
+        for like in (pattern, None):
+            for segment in segments:
+                assert_close(compile_segment(segment, [x], [SegmentInput()], like=like)(x), segment(x))
 
 
 @torch.fx.wrap

@@ -213,7 +213,7 @@ class CompiledSegment:
             program = self._compile(max(batch, 2))
             self._programs.append(program)
             if not program.guards:
-                self._segment = None  # no other program will be needed
+                self._segment, self._weights = None, []  # no other program will be needed
         self.serving[batch] = program.run
         return program.run
 

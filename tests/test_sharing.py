@@ -1,11 +1,13 @@
 """Segments of equal structure share a program, and nothing else: each computes with its own weights."""
 
 import copy
+import gc
 
 import pytest
 import torch
 from test_inductor import Residual, compilations, images, traced
-from torch import nn
+from torch import Tensor, nn
+from torch._inductor.utils import fresh_cache
 from torch.testing import assert_close
 
 import dyncompile as dc
@@ -66,6 +68,47 @@ def test_what_is_shared_is_a_snapshot_too(device):
             for tensor in segment.parameters():
                 tensor.add_(1)
         assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
+
+
+class TwoTables(nn.Module):
+    """Two buffers in one place of memory, or not."""
+
+    def __init__(self, *, one_place: bool) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.randn(16))
+        self.register_buffer("shift", self.scale[:] if one_place else torch.randn(16))
+
+    def forward(self, x):
+        return x * self.scale, x + self.shift
+
+
+@pytest.mark.parametrize("order", [(True, False), (False, True)])
+def test_buffers_in_one_place_are_one_by_chance(order, device):
+    torch.manual_seed(0)
+    segments = [traced(TwoTables(one_place=one_place), device) for one_place in order]
+    x = torch.randn(4, 16, device=device)
+    with fresh_cache():
+        pattern = compile_segment(segments[0], [x], [SegmentInput()])
+        for like in (pattern, None):
+            for segment in segments:
+                assert_close(compile_segment(segment, [x], [SegmentInput()], like=like)(x), segment(x))
+
+
+def test_weights_are_held_once(device):
+    first, second = others(lambda: nn.Sequential(nn.Conv2d(8, 8, 3)), 2, device)
+    if device.type != "cpu":
+        pytest.skip("programs are shared on the processor alone")
+    x = images(4, device)
+
+    def held() -> int:
+        gc.collect()
+        return sum(type(item) in (Tensor, nn.Parameter) and item.shape == (8, 8, 3, 3) for item in gc.get_objects())
+
+    before = held()
+    pattern = compile_segment(first, [x], [SegmentInput()])
+    compiled = compile_segment(second, [x], [SegmentInput()], like=pattern)
+    assert held() - before == 2
+    assert_close(compiled(x), (second(x),), rtol=1e-4, atol=1e-5)
 
 
 @torch.fx.wrap

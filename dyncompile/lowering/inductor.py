@@ -174,6 +174,7 @@ class CompiledSegment:
         self._settings = dict(settings or {})
         # Constants of a program lie in this copy, so the user's weights may change or go.
         self._segment: nn.Module | None = copy.deepcopy(segment).eval()
+        _separate(self._segment)
         found = structure(self._segment) if isinstance(self._segment, fx.GraphModule) else None
         self._weights = found[1] if found else None
         self._like = like
@@ -331,6 +332,20 @@ def _batch(examples: Sequence[Tensor], inputs: Sequence[SegmentInput]) -> tuple[
             expected="at least one batched input, and one batch size in all of them",
         )
     return found[0][0], found[0][1][0]
+
+
+def _separate(segment: nn.Module) -> None:
+    """Give each tensor memory of its own: inductor makes one constant of those in the same place.
+
+    Neither its cache nor a segment of equal structure would know; both look at shapes and strides alone.
+    """
+    taken: set[int] = set()
+    for tensor in (*segment.parameters(), *segment.buffers()):
+        if tensor.layout != torch.strided:
+            continue
+        if tensor.untyped_storage().data_ptr() in taken:
+            tensor.data = copy.deepcopy(tensor.data)
+        taken.add(tensor.untyped_storage().data_ptr())
 
 
 def _pack_convolutions(gm: fx.GraphModule, hint: dict[Any, int], tape: Tape) -> None:

@@ -64,6 +64,16 @@ def test_an_arm_gives_other_strides_than_what_it_replaces(tmp_path):
     check_alone(dyn, lambda n: (torch.randn(n, 3, 6, 6),), tmp_path / "model.pt2")
 
 
+def test_numbers_that_numpy_does_not_have(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 6, 6).bfloat16()
+    dyn = dc.dynamize(Net(blocks=2).bfloat16(), "early_exit", exits=1, example_inputs=x[:2]).eval()
+    dyn.exits["exit0"].enabled.fill_(True)
+    dc.export(dyn, tmp_path / "model.pt2")
+    found = torch.export.load(tmp_path / "model.pt2").module()(x)
+    torch.testing.assert_close(found, dyn(x))
+
+
 def test_it_is_called_by_keyword_where_the_example_was(tmp_path):
     model = Tokens().eval()
     ids, mask = torch.randint(0, 20, (5, 6)), torch.ones(5, 6, dtype=torch.int64)

@@ -16,7 +16,7 @@ from dyncompile.module import DynamicModule
 Arrays = Mapping[str, np.ndarray]
 
 Run = Callable[[Arrays], Arrays]
-"""An exported model: from inputs to outputs, by name."""
+"""A model in onnxruntime: from inputs to outputs, by name."""
 
 
 def session(path: Path) -> Any:
@@ -44,11 +44,16 @@ def running(loaded: Any) -> Run:
     return run
 
 
-def compare(run: Run, dyn: DynamicModule) -> None:
+def on_arrays(run: Run) -> Callable[[Mapping[str, Tensor]], Arrays]:
+    """The same from tensors; numpy has no bfloat16, and then the processor's onnxruntime has not either."""
+    return lambda inputs: run({name: tensor.numpy() for name, tensor in inputs.items()})
+
+
+def compare(run: Callable[[Mapping[str, Tensor]], Mapping[str, Any]], dyn: DynamicModule) -> None:
     """Run an exported model on the example inputs, at their batch size and two others.
 
     Args:
-        run: The exported model.
+        run: The exported model: from inputs on the processor to outputs, tensors or arrays, by name.
         dyn: What it was exported from.
 
     Raises:
@@ -60,15 +65,14 @@ def compare(run: Run, dyn: DynamicModule) -> None:
         inputs = dyn.examples(batch)
         names = dyn.graph.signature.names
         try:
-            # numpy has no bfloat16, and then the processor's runtime has not either.
-            found = run({name: t.cpu().numpy() for name, t in zip(names, inputs, strict=True)})
+            found = run({name: t.cpu() for name, t in zip(names, inputs, strict=True)})
         except Exception as error:
             raise InvalidExportError(f"the exported model fails at batch size {batch}: {error}") from error
         if why := differences(found, dyn, inputs):
             raise InvalidExportError(f"the exported model computes something else at batch size {batch}: {why}")
 
 
-def differences(found: Arrays, dyn: DynamicModule, inputs: list[Tensor]) -> str:
+def differences(found: Mapping[str, Any], dyn: DynamicModule, inputs: list[Tensor]) -> str:
     """In what an exported model's outputs and decisions differ from the dynamic model's; empty if in nothing.
 
     Args:
@@ -82,12 +86,12 @@ def differences(found: Arrays, dyn: DynamicModule, inputs: list[Tensor]) -> str:
         trace = dyn.trace(*args, **kwargs)
     for name, leaf in zip(signature.output_names, pytree.tree_leaves(trace.output), strict=True):
         if isinstance(leaf, Tensor):
-            value = torch.from_numpy(np.asarray(found[name]))
+            value = torch.as_tensor(found[name])
             if not same(value, leaf.cpu()):
                 return f"output `{name}` {distance(value, leaf.cpu())}"
     for name, decision in trace.decisions.items():
         if (array := found.get(f"decisions.{name}")) is not None:
-            value, wanted = torch.from_numpy(array), decision.cpu().long().flatten()
+            value, wanted = torch.as_tensor(array), decision.cpu().long().flatten()
             wrong = (value >= 0) & (value != wanted)
             if bool(wrong.any()):
                 return f"decision `{name}` of rows {wrong.nonzero().flatten().tolist()[:5]}"

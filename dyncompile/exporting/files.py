@@ -114,7 +114,7 @@ def _write(
     *,
     decisions: bool,
 ) -> None:
-    from dyncompile.exporting.checking import compare, running, session
+    from dyncompile.exporting.checking import compare, on_arrays, running, session
     from dyncompile.exporting.pieces import Pieces
     from dyncompile.exporting.routing import Writer
 
@@ -122,7 +122,7 @@ def _write(
     model = Writer(plain.plan, plain.dynamic, pieces, routing=routing, decisions=decisions).model()
     model.metadata_props.update(metadata)
     save(model, path)
-    compare(running(session(path)), plain.dynamic)
+    compare(on_arrays(running(session(path))), plain.dynamic)
 
 
 def save(model: Any, path: Path) -> None:

@@ -53,13 +53,13 @@ def export_program(plain: LoweredModule, path: Path, metadata: dict[str, str], *
     from dyncompile.exporting.checking import compare
 
     def run(inputs: Any) -> Any:
-        tensors = [torch.from_numpy(inputs[name]) for name in dyn.graph.signature.names]
+        tensors = [inputs[name] for name in dyn.graph.signature.names]
         device = dyn.graph.inputs[0].device
         args, kwargs = dyn.graph.signature.call_arguments([t.to(device) for t in tensors])
         with torch.no_grad():
             leaves = pytree.tree_leaves(call(*args, **kwargs))
         names = dyn.graph.signature.output_names
-        return {n: v.cpu().numpy() for n, v in zip(names, leaves, strict=True) if isinstance(v, Tensor)}
+        return {n: v.cpu() for n, v in zip(names, leaves, strict=True) if isinstance(v, Tensor)}
 
     compare(run, dyn)
 

@@ -6,7 +6,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, fx
 
-from dyncompile.exporting.checking import compare
+from dyncompile.exporting.checking import compare, on_arrays
 from dyncompile.exporting.files import save
 from dyncompile.exporting.loops import write_loop
 from dyncompile.exporting.pieces import Pieces
@@ -51,7 +51,7 @@ def write_stages(plain: LoweredModule, folder: Path, metadata: dict[str, str]) -
     )
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
     staged = StagedModel(folder)
-    compare(lambda inputs: staged(**inputs), dyn)
+    compare(on_arrays(lambda inputs: staged(**inputs)), dyn)
 
 
 def _model(segment: Segment, pieces: Pieces, plain: LoweredModule) -> ir.Model:

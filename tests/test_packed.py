@@ -18,7 +18,7 @@ import dyncompile as dc
 from dyncompile.capture import capture
 from dyncompile.capture.recurrent import KERNELS, RecurrentLayer
 from dyncompile.data import as_loader
-from dyncompile.errors import CaptureError, ExportError, PassError
+from dyncompile.errors import ArgumentError, CaptureError, ExportError, PassError
 from dyncompile.nn.gates import Standardise
 from dyncompile.nn.ragged import free_calls
 from dyncompile.passes.early_exit import EarlyExit
@@ -282,6 +282,15 @@ def test_refusals(model, reason):
     with pytest.raises(CaptureError, match=reason):
         captured(model, "cpu")
     assert [getattr(rnn, name).__code__ for name in NAMES] == codes
+
+
+@pytest.mark.parametrize("lengths", [(0, 3), (3, STEPS + 1)])
+def test_lengths_that_torch_refuses_are_refused(lengths, device):
+    _, dyn = converted(device)
+    x = torch.randn(2, STEPS, WIDTH, device=device)
+    for run in (dyn, dyn.trace, dc.lower(dyn, "eager")):
+        with pytest.raises(ArgumentError, match=f"`lengths`: found from {lengths[0]} to {lengths[1]}; expected from 1"):
+            run(x, torch.tensor(lengths))
 
 
 def test_functions_are_given_back_and_other_threads_keep_theirs(device):

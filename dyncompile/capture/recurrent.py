@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._guards import detect_fake_mode
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from dyncompile.capture.cells import Stepwise
+from dyncompile.errors import ArgumentError
 
 KERNELS: dict[str, Any] = {
     "LSTM": torch.lstm,
@@ -52,7 +53,16 @@ class RealSteps(nn.Module):
         Args:
             anchor: A tensor on the device that the steps are wanted on; `lengths` may lie on another.
             lengths: `[N]` integers.
+
+        Raises:
+            ArgumentError: A length that is not from 1 to T, as torch has it. Only those on the processor are looked at,
+                and only where nothing is compiled.
         """
+        if lengths.device.type == "cpu" and not _traced(lengths) and len(lengths):
+            low, high = (int(bound) for bound in lengths.aminmax())
+            if low < 1 or high > self.steps:
+                found = f"from {low} to {high}"
+                raise ArgumentError("lengths", found=found, expected=f"from 1 to {self.steps}, the steps of the input")
         steps = torch.arange(self.steps, device=anchor.device)
         return (steps < lengths.to(anchor.device).unsqueeze(1)).flatten()
 
@@ -171,7 +181,7 @@ def in_order(lengths: Tensor) -> bool:
 
 def _traced(x: Tensor) -> bool:
     """Whether a program is being made of what runs, or shapes are being found: no value can be looked at."""
-    return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
+    return torch.compiler.is_compiling() or detect_fake_mode((x,)) is not None
 
 
 def unstack(graph: fx.Graph, root: nn.Module, added: dict[str, nn.Module]) -> None:

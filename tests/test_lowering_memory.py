@@ -1,18 +1,14 @@
 """Lowering writes a conditional's results into what nobody reads any more, and into nothing else."""
 
-from collections import Counter
-
 import pytest
 import torch
 from torch import fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import dyncompile as dc
 from dyncompile.capture import capture
 from dyncompile.conversion import describe
 from dyncompile.lowering.absorbing import absorb_activations
 from dyncompile.ops import SELECT, arms_of
-from dyncompile.testing import forced
 
 
 def lowered(model, device, example, backend="eager"):
@@ -175,61 +171,3 @@ def test_activations_behind_more_selects_than_python_recurses():
     assert last.target is SELECT
     assert last.args[1].target is torch.relu
     assert sum(node.target is SELECT for node in graph.nodes) == 1500
-
-
-class Counted(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.ran = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.ran[func.__name__.partition(".")[0]] += 1
-        return func(*args, **(kwargs or {}))
-
-
-class Overwriting(nn.Module):
-    """Activations in place: of values of their own, of a view, and of a sum."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.relu, self.viewed = nn.ReLU(inplace=True), nn.ELU(inplace=True)
-
-    def forward(self, x):
-        own = self.relu(self.first(x))
-        own = self.relu(own + x)
-        second = self.second(own)
-        return self.viewed(second.view(-1, 2, 2)).flatten(1) + second
-
-
-def test_activations_overwrite_what_nobody_else_reads_as_in_the_static_model(device):
-    torch.manual_seed(0)
-    model, fast = lowered(Overwriting(), device, (torch.randn(2, 4, device=device),))
-    x = torch.randn(7, 4, device=device)
-    kept = x.clone()
-    with torch.no_grad():
-        expected = model(x)
-        with Counted() as counted:
-            found = fast(x)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    assert torch.equal(x, kept)
-    assert counted.ran["relu_"] == 2
-    assert counted.ran["elu_"] == 0  # of a view
-    assert not fast.dynamic.relu.inplace
-    assert model.relu.inplace
-
-
-def test_activations_do_not_overwrite_what_an_exit_reads(device):
-    torch.manual_seed(0)
-    layers = [nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 3)]
-    model = nn.Sequential(*layers).to(device).eval()
-    dyn = dc.dynamize(model, exits=("0",), example_inputs=torch.randn(2, 8, device=device)).eval()
-    dyn.exits["exit0"].enabled.fill_(True)
-    fast = dc.lower(dyn, "eager", decline=False)
-    x = torch.randn(7, 8, device=device)
-    with torch.no_grad(), forced(dyn, [0.5]), forced(fast, [0.5]):
-        expected = dyn(x)
-        with Counted() as counted:
-            found = fast(x)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    assert counted.ran["relu_"] == 1  # the second; the exit's head reads what the first is given

@@ -18,7 +18,6 @@ from dyncompile.errors import ArgumentError, LoweringError
 from dyncompile.graph import Spec, is_tensor, spec
 from dyncompile.lowering.absorbing import absorb_activations
 from dyncompile.lowering.measure import unprofitable
-from dyncompile.lowering.overwriting import overwrite
 from dyncompile.lowering.plan import Block, Conditional, Plan, Segment, make_plan, segment_module
 from dyncompile.lowering.program import write_program
 from dyncompile.lowering.runtime import Override, Run, Segments, is_compiled
@@ -168,8 +167,6 @@ class LoweredModule(nn.Module):
         dyn = self.dynamic
         modules = {s: segment_module(s, dyn) for s in self.plan.segments()}
         if self.backend == "eager":
-            for module in modules.values():
-                overwrite(module, dyn.graph.overwriting)
             # Not the modules themselves: fx and torch would look for hooks and rewrite errors in every call.
             return {segment: module.forward for segment, module in modules.items()}
         from dyncompile.lowering.inductor import CompiledSegment, SegmentInput, compile_segment

@@ -202,11 +202,11 @@ class FineTuning(LightningModule):
         """Refuse what was made otherwise; else continue its history."""
         state = checkpoint.get("dyncompile", {})
         for name in _FIXED:
-            if state.get(name) != getattr(self, name):
+            if name in state and state[name] != getattr(self, name):
                 raise ArgumentError(
                     name,
                     found=repr(getattr(self, name)),
-                    expected=f"{state.get(name)!r}, with which the checkpoint was made",
+                    expected=f"{state[name]!r}, with which the checkpoint was made",
                 )
         if _shapes(checkpoint["state_dict"]) != _shapes(self.state_dict()):
             raise ArgumentError(

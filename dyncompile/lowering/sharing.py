@@ -11,7 +11,6 @@ import functools
 import types
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
@@ -152,8 +151,12 @@ class Tape:
                     note(node.target, *self.fetch_args_kwargs_from_env(node), found)  # type: ignore[arg-type]
                 return found
 
-        with patch.object(constant_folding, "ConstantFolder", Noting):
+        before = constant_folding.ConstantFolder
+        constant_folding.ConstantFolder = Noting  # type: ignore[misc]
+        try:
             yield
+        finally:
+            constant_folding.ConstantFolder = before  # type: ignore[misc]
 
     def folding(self, weights: Sequence[Tensor], constants: Sequence[Tensor]) -> Folding | None:
         """How weights became constants; None if something else became one."""

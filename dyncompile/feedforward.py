@@ -1,4 +1,8 @@
-"""Feed-forward layers of a graph: linear layers, what acts on each neuron alone, and a linear layer that reads them."""
+"""Feed-forward layers of a graph: projections, what acts on each neuron alone, and a projection that reads them.
+
+A projection is a linear layer, a convolution that looks at one position (ConvNeXt), or whatever turns out to be
+`x @ weight + bias` (GPT-2 in transformers).
+"""
 
 import dataclasses
 from collections.abc import Iterator
@@ -12,17 +16,54 @@ from dyncompile.capture.check import undisturbed
 from dyncompile.errors import ArgumentError
 from dyncompile.graph import Graph, is_tensor, spec
 
+_aten = torch.ops.aten
+_POINTS: dict[type[nn.Module], torch._ops.OpOverload] = {
+    nn.Conv1d: _aten.conv1d.default,
+    nn.Conv2d: _aten.conv2d.default,
+    nn.Conv3d: _aten.conv3d.default,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Projection:
+    """A layer whose outputs each are a weighted sum of the inputs.
+
+    Attributes:
+        module: The layer.
+        op: What computes it from x, a weight of the shape that the operation wants, and a bias.
+        channel_dim: Where x and the outputs have their channels; 1, or -1.
+        transposed: The parameter lies as `[D, H]`; else as `[H, D, ...]`.
+    """
+
+    module: nn.Module
+    op: torch._ops.OpOverload
+    channel_dim: int
+    transposed: bool = False
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """`[H, D, ...]`."""
+        weight = self.module.get_parameter("weight")
+        return weight.t() if self.transposed else weight
+
+    @property
+    def biased(self) -> bool:
+        """Whether it has a bias, `[H]`."""
+        return self.module.bias is not None
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeedForward:
     """`second(act(first(x)))`, or gated: `second(act(first(x)) * other(x))`.
 
     Attributes:
-        source: x, `[..., D]`.
-        firsts: The linear layers that make the hidden neurons; several in a gated layer.
+        source: x, `[..., D]`, or `[N, D, ...]` of convolutions.
+        firsts: The projections that make the hidden neurons; several in a gated layer.
         between: What acts on each neuron alone, in order.
-        hidden: The neurons, `[..., H]`.
-        second: The linear layer that reads them.
+        hidden: The neurons, `[..., H]` or `[N, H, ...]`.
+        second: The projection that reads them.
+        channel_dim: Where x, the neurons and what comes out have their channels, counted from the front.
+        projections: Of `firsts` and `second`.
     """
 
     source: Node
@@ -30,11 +71,13 @@ class FeedForward:
     between: tuple[Node, ...]
     hidden: Node
     second: Node
+    channel_dim: int
+    projections: dict[Node, Projection]
 
     @property
     def neurons(self) -> int:
         """H."""
-        return spec(self.hidden).shape[-1]
+        return spec(self.hidden).shape[self.channel_dim]
 
     @property
     def nodes(self) -> tuple[Node, ...]:
@@ -43,9 +86,9 @@ class FeedForward:
 
 
 def feed_forward_layers(graph: Graph) -> Iterator[FeedForward | tuple[Node, str]]:
-    """Every feed-forward layer, in order; and the linear layers that nearly are the second one of one, and why not."""
+    """Every feed-forward layer, in order; and the projections that nearly are the second one of one, and why not."""
     for node in graph.fx.nodes:
-        if not _linear(graph, node):
+        if projection(graph, node) is None:
             continue
         try:
             found = feed_forward(graph, node)
@@ -69,15 +112,21 @@ def feed_forward(graph: Graph, second: Node) -> FeedForward | None:
     if not between or not firsts:
         return None
     order = {node: i for i, node in enumerate(graph.fx.nodes)}
+    projections = {node: made for node in (*firsts, second) if (made := projection(graph, node)) is not None}
+    dims = {made.channel_dim for made in projections.values()}
+    if len(dims) > 1:
+        raise _no(second, "a convolution together with a linear layer")
     found = FeedForward(
         source=firsts[0].all_input_nodes[0],
         firsts=tuple(sorted(firsts, key=order.__getitem__)),
         between=tuple(sorted(between, key=order.__getitem__)),
         hidden=second.all_input_nodes[0],
         second=second,
+        channel_dim=dims.pop() % len(spec(second).shape),
+        projections=projections,
     )
-    for node in (*firsts, second):
-        if not _plain(graph.module_of(node)):
+    for node, made in projections.items():
+        if not _plain(made.module):
             raise _no(node, "a weight that is computed, or hooks")
         if node.args[0] is not found.source and node is not second:
             raise _no(node, f"another input than `{found.firsts[0]}` has")
@@ -97,7 +146,7 @@ def idle_in_evaluation(graph: Graph, node: Node) -> bool:
 
 
 def _behind(graph: Graph, second: Node) -> tuple[list[Node], list[Node]]:
-    """What acts on each neuron alone between the second layer and the linear layers before it, and those layers.
+    """What acts on each neuron alone between the second layer and the projections before it, and those.
 
     Raises:
         ArgumentError: Behind an activation stands what does not act on each neuron alone.
@@ -108,7 +157,7 @@ def _behind(graph: Graph, second: Node) -> tuple[list[Node], list[Node]]:
     queue, seen = list(second.all_input_nodes), set(second.all_input_nodes)
     while queue:
         node = queue.pop(0)
-        if _linear(graph, node):
+        if projection(graph, node) is not None:
             firsts.append(node)
             continue
         idle = idle_in_evaluation(graph, node)
@@ -129,17 +178,51 @@ def _no(node: Node, found: str) -> ArgumentError:
     return ArgumentError(f"{node}", found=found, expected="neurons that can be left out one by one")
 
 
-def _linear(graph: Graph, node: Node) -> bool:
-    return isinstance(graph.module_of(node), nn.Linear)
+def projection(graph: Graph, node: Node) -> Projection | None:
+    """How a node's module projects; None if it is no projection."""
+    module = graph.module_of(node)
+    if isinstance(module, nn.Linear):
+        return Projection(module=module, op=_aten.linear.default, channel_dim=-1)
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        op = next(op for kind, op in _POINTS.items() if isinstance(module, kind))
+        batched = is_tensor(node) and len(spec(node).shape) == len(module.kernel_size) + 2
+        return Projection(module=module, op=op, channel_dim=1) if batched and _looks_at_one_position(module) else None
+    if module is not None and len(node.all_input_nodes) == 1 and _multiplies(module):
+        return Projection(module=module, op=_aten.linear.default, channel_dim=-1, transposed=True)
+    return None
 
 
-def _plain(module: nn.Module | None) -> bool:
-    """A linear layer that computes what its parameters say, and nothing else."""
+def _looks_at_one_position(module: nn.modules.conv._ConvNd) -> bool:
     return (
-        isinstance(module, nn.Linear)
-        and type(module).forward is nn.Linear.forward
-        and module._parameters.get("weight") is not None
+        {*module.kernel_size, *module.stride, module.groups} == {1}
+        and module.padding in ("valid", "same", (0,) * len(module.padding))
+        and module.padding_mode == "zeros"
+    )
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Tried out: a layer of two parameters that gives `x @ weight + bias`."""
+    if {name for name, _ in module.named_parameters()} != {"weight", "bias"} or any(True for _ in module.buffers()):
+        return False
+    weight, bias = module.get_parameter("weight"), module.get_parameter("bias")
+    if weight.dim() != 2 or bias.shape != weight.shape[1:]:
+        return False
+    with undisturbed(module), torch.no_grad():
+        x = torch.randn(2, 3, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
+        try:
+            y = module(x)
+        except Exception:  # noqa: BLE001 - whatever a layer raises that wants something else
+            return False
+        return isinstance(y, torch.Tensor) and y.shape == (2, 3, len(bias)) and torch.allclose(y, x @ weight + bias)
+
+
+def _plain(module: nn.Module) -> bool:
+    """A projection that computes what its parameters say, and nothing else."""
+    kinds: tuple[type[nn.Module], ...] = (nn.Linear, *_POINTS)
+    return (
+        module._parameters.get("weight") is not None
         and not (module._forward_hooks or module._forward_pre_hooks)
+        and all(type(module).forward is kind.forward for kind in kinds if isinstance(module, kind))
     )
 
 

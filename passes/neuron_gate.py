@@ -11,7 +11,13 @@ from torch import fx, nn
 from dyncompile.clustering import balanced_clusters, even_split
 from dyncompile.errors import ArgumentError
 from dyncompile.features import pooling, token_mask
-from dyncompile.feedforward import FeedForward, feed_forward, feed_forward_layers, idle_in_evaluation
+from dyncompile.feedforward import (
+    FeedForward,
+    Projection,
+    feed_forward,
+    feed_forward_layers,
+    idle_in_evaluation,
+)
 from dyncompile.graph import Graph, spec
 from dyncompile.nn import Feature, FeedForwardPolicy, Gate, build_estimator
 from dyncompile.nn.neurons import AllOpen, NeuronMask, TopKGate
@@ -39,7 +45,9 @@ class NeuronGate(Pass):
     weights. Rows with every group on run the layer itself, so that nothing is rounded differently. In training the
     layer runs as a whole, its neurons multiplied with the decisions, which is the sum of the parts that are on.
 
-    Legality: between the linear layers stands only what acts on each neuron alone (activations, dropout, the product of
+    The layers are linear, convolutions that look at one position (ConvNeXt), or `x @ weight + bias` (GPT-2).
+
+    Legality: between the two layers stands only what acts on each neuron alone (activations, dropout, the product of
     a gated layer such as SwiGLU); nobody else reads the neurons; layers do not overlap; there are at least as many
     neurons as groups; the layer is at least `min_share` of the model's FLOPs, and its gate is cheaper than what can be
     saved. Its input has a row for each sample; by the sample no more than one, by the token samples come first.
@@ -59,7 +67,9 @@ class NeuronGate(Pass):
     name: ClassVar[str] = "neuron_gate"
     summary: ClassVar[str] = "feed-forward layers in groups of neurons; a sample or token runs the groups it needs"
     paper: ClassVar[str] = "2110.01786"
-    seeks: ClassVar[str] = "feed-forward layers: two linear layers with elementwise operations between them"
+    seeks: ClassVar[str] = (
+        "feed-forward layers: two linear layers or 1x1 convolutions with elementwise operations between them"
+    )
 
     groups: int = 8
     split: str = "contiguous"
@@ -103,7 +113,7 @@ class NeuronGate(Pass):
                 continue
             name = f"neurons{len(set(taken.values()))}"
             taken.update(dict.fromkeys(layer.nodes, name))
-            data = {"groups": self._clusters(graph, layer)} if self.split == "cluster" else {}
+            data = {"groups": self._clusters(layer)} if self.split == "cluster" else {}
             yield Site(name=name, node=layer.second.name, data=data)
 
     def _refuse(self, graph: Graph, layer: FeedForward, taken: dict[fx.Node, str]) -> str:
@@ -114,12 +124,13 @@ class NeuronGate(Pass):
         if layer.neurons < self.groups:
             return f"{layer.neurons} neurons are fewer than {self.groups} groups"
         x = spec(layer.source)
-        if x.batch_dim is None or x.batch_dim == len(x.shape) - 1 or not layer.source.meta["sliceable"]:
+        if x.batch_dim is None or x.batch_dim == layer.channel_dim or not layer.source.meta["sliceable"]:
             return f"its input {list(x.shape)} has no row for each sample"
         if self._by_token(layer) and x.batch_dim != 0:
             return f"the samples lie along dim {x.batch_dim} of its input {list(x.shape)}, not along dim 0, per token"
         if not self._by_token(layer) and x.rows != 1:
-            return f"its input {list(x.shape)} has {x.rows} rows a sample; take per='token'"
+            advice = "; take per='token'" if _last(layer) else ""
+            return f"its input {list(x.shape)} has {x.rows} rows a sample{advice}"
         own = sum(graph.flops(node) for node in layer.nodes)
         if own < self.min_share * graph.total_flops:
             share = own / graph.total_flops
@@ -133,12 +144,11 @@ class NeuronGate(Pass):
 
     def _by_token(self, layer: FeedForward) -> bool:
         x = spec(layer.source)
-        return self.per == "token" and (len(x.shape) > 2 or x.rows > 1)
+        return self.per == "token" and _last(layer) and (len(x.shape) > 2 or x.rows > 1)
 
-    def _clusters(self, graph: Graph, layer: FeedForward) -> list[list[int]]:
-        modules = [graph.module_of(node) for node in layer.firsts]
-        rows = torch.cat([m.weight.detach() for m in modules if isinstance(m, nn.Linear)], 1)
-        return balanced_clusters(rows, self.groups)
+    def _clusters(self, layer: FeedForward) -> list[list[int]]:
+        rows = [layer.projections[node].weight.detach().flatten(1) for node in layer.firsts]
+        return balanced_clusters(torch.cat(rows, 1), self.groups)
 
     # --- the gate --------------------------------------------------------------------------------
 
@@ -154,7 +164,7 @@ class NeuronGate(Pass):
         read = Feature(
             shape=x.shape[-2:] if flat else x.shape,
             batch_dim=0 if flat else x.batch_dim or 0,
-            channel_dim=1 if flat else len(x.shape) - 1,
+            channel_dim=1 if flat else layer.channel_dim,
             pool=pooling(graph, layer.source) if self.pool == "auto" else self.pool,
             masked=bool(masks),
             padding=bool(masks) and "pad" in masks[0].name,
@@ -176,19 +186,19 @@ class NeuronGate(Pass):
             raise ArgumentError("sites", found=f"`{site.node}`", expected="the second layer of a feed-forward layer")
         groups: list[list[int]] = site.data.get("groups") or even_split(layer.neurons, self.groups)
         source, *masks = self._reads(graph, layer)
-        shape = (*spec(source).shape[1:-1], spec(layer.second).shape[-1])
+        shape = spec(layer.second).shape[1:]
         dim = spec(source).batch_dim or 0
         flat = self._by_token(layer) and bool(shape[:-1])
         gate = self._gate(self._policy(graph, layer, flat=flat))
         rows = _flatten(graph, layer) if flat else source
         picked, _ = graph.insert(f"gates.{site.name}", gate, [rows, *masks], ("", "probability"))
         whole, decisions = _decisions(graph, site.name, picked, len(groups))
-        _mask(graph, layer, site.name, NeuronMask(groups, dim), decisions)
+        _mask(graph, layer, site.name, NeuronMask(groups, dim, -1 if flat else layer.channel_dim), decisions)
 
         users = list(layer.second.users)
         call = graph.fx.call_function
         with graph.fx.inserting_before(layer.second.next):
-            total = _bias(graph, layer, rows, [-1] * (1 if flat else len(shape)) + [shape[-1]])
+            total = _bias(graph, layer, rows, flat=flat)
             for g, (decision, members) in enumerate(zip(decisions, groups, strict=True)):
                 part = _part(graph, layer, rows, _Neurons(graph, members, f"_constants.{site.name}_{g}"))
                 total = call(SELECT, (decision, call(_aten.add.Tensor, (total, part)), total, dim))
@@ -239,15 +249,26 @@ def _mask(graph: Graph, layer: FeedForward, name: str, mask: NeuronMask, decisio
     layer.second.replace_input_with(layer.hidden, masked)
 
 
-def _bias(graph: Graph, layer: FeedForward, rows: fx.Node, sizes: list[int]) -> fx.Node:
+def _bias(graph: Graph, layer: FeedForward, rows: fx.Node, *, flat: bool) -> fx.Node:
     """What the layer gives with no neuron: its second bias, for each row."""
     call = graph.fx.call_function
-    column = call(_aten.slice.Tensor, (rows, len(sizes) - 1, 0, 1))
+    value = spec(layer.second)
+    rank, dim = (2, 1) if flat else (len(value.shape), layer.channel_dim)
+    column = call(_aten.slice.Tensor, (rows, dim, 0, 1))
     nothing = call(_aten.zeros_like.default, (column,))
-    module = graph.module_of(layer.second)
-    if module is None or module.bias is None:
+    sizes = [-1] * rank
+    sizes[dim] = value.shape[layer.channel_dim]
+    if not layer.projections[layer.second].biased:
         return call(_aten.clone.default, (call(_aten.expand.default, (nothing, sizes)),))
-    return call(_aten.add.Tensor, (nothing, graph.fx.get_attr(f"{layer.second.target}.bias")))
+    bias = graph.fx.get_attr(f"{layer.second.target}.bias")
+    if dim < rank - 1:
+        bias = call(_aten.reshape.default, (bias, [-1] + [1] * (rank - 1 - dim)))
+    return call(_aten.add.Tensor, (nothing, bias))
+
+
+def _last(layer: FeedForward) -> bool:
+    """Whether channels come last, after the tokens."""
+    return layer.channel_dim == len(spec(layer.source).shape) - 1
 
 
 class _Neurons:
@@ -268,22 +289,25 @@ class _Neurons:
             return self.graph.fx.call_function(_aten.slice.Tensor, (whole, dim, self.start, self.stop))
         return self.graph.fx.call_function(_aten.index_select.default, (whole, dim, self.graph.fx.get_attr(self.path)))
 
+    def project(self, node: fx.Node, how: Projection, x: fx.Node, *, made: bool) -> fx.Node:
+        """The projection of a node, of those neurons that it makes, with their bias, or that it reads, without one."""
+        call = self.graph.fx.call_function
+        weight = self.of(f"{node.target}.weight", int(made == how.transposed))
+        if how.transposed:
+            weight = call(_aten.t.default, (weight,))
+        bias = self.of(f"{node.target}.bias", 0) if made and how.biased else None
+        return call(how.op, (x, weight, bias))
+
 
 def _part(graph: Graph, layer: FeedForward, rows: fx.Node, neurons: _Neurons) -> fx.Node:
     """What a group of neurons adds, without the second bias. Dropout is left out: training runs the layer itself."""
-    mapping: dict[fx.Node, fx.Node] = {}
-    for node in layer.firsts:
-        module = graph.module_of(node)
-        biased = module is not None and module.bias is not None
-        bias = neurons.of(f"{node.target}.bias", 0) if biased else None
-        mapping[node] = graph.fx.call_function(
-            _aten.linear.default, (rows, neurons.of(f"{node.target}.weight", 0), bias)
-        )
+    mapping: dict[fx.Node, fx.Node] = {
+        node: neurons.project(node, layer.projections[node], rows, made=True) for node in layer.firsts
+    }
     for node in layer.between:
         if idle_in_evaluation(graph, node):
             mapping[node] = mapping[node.args[0]]  # type: ignore[index]
             continue
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), mapping.__getitem__)
         mapping[node] = graph.fx.create_node(node.op, node.target, args, kwargs)
-    weight = neurons.of(f"{layer.second.target}.weight", 1)
-    return graph.fx.call_function(_aten.linear.default, (mapping[layer.hidden], weight))
+    return neurons.project(layer.second, layer.projections[layer.second], mapping[layer.hidden], made=False)

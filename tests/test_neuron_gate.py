@@ -49,6 +49,31 @@ class Gated(nn.Module):
         return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
 
 
+class Transposed(nn.Module):
+    """GPT-2's layer, as transformers have it."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
+
+
+class Pixels(nn.Module):
+    """A block of a ConvNeXt."""
+
+    def __init__(self, *, bias=True):
+        super().__init__()
+        self.mix = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+        self.first, self.second = nn.Conv2d(12, 32, 1, bias=bias), nn.Conv2d(32, 12, 1, bias=bias)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = x + self.second(nn.functional.gelu(self.first(self.mix(x))))
+        return self.head(x.mean((2, 3)))
+
+
 def tokens(n):
     padding = torch.zeros(n, 6, dtype=torch.bool)
     padding[::2, 4:] = True
@@ -75,6 +100,12 @@ MODELS = {
     "gated": (Gated, vectors, 1),
     "images": (lambda: nn.Sequential(nn.Linear(6, 24), nn.GELU(), nn.Linear(24, 6), nn.Flatten(), nn.Linear(72, 3)),
                lambda n: (torch.randn(n, 3, 4, 6),), 1),
+    "transposed": (lambda: nn.Sequential(Transposed(8, 40), nn.GELU(), Transposed(40, 6), nn.Flatten()),
+                   lambda n: (torch.randn(n, 5, 8),), 1),
+    "pixels": (Pixels, lambda n: (torch.randn(n, 12, 5, 4),), 1),
+    "unbiased pixels": (lambda: Pixels(bias=False), lambda n: (torch.randn(n, 12, 5, 4),), 1),
+    "signals": (lambda: nn.Sequential(nn.Conv1d(8, 32, 1), nn.ReLU(), nn.Conv1d(32, 6, 1), nn.Flatten()),
+                lambda n: (torch.randn(n, 8, 5),), 1),
 }  # fmt: skip
 VARIANTS = [
     (model, options)
@@ -86,6 +117,7 @@ VARIANTS = [
         {"per": "token", "split": "cluster", "top_k": 2},
     )
     if (model, options["per"]) != ("sequence", "token")
+    and (model not in ("pixels", "unbiased pixels", "signals") or options.get("top_k") or options["per"] == "sample")
 ]
 VARIANT = pytest.mark.parametrize(("kind", "options"), VARIANTS)
 LOWERED = VARIANT
@@ -154,6 +186,19 @@ def hugging_face(name, **options):
     return make
 
 
+def gpt2(needs):
+    library = needs("transformers")
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 64, "n_positions": 32, "num_labels": 3}
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    model = library.GPT2ForSequenceClassification(library.GPT2Config(**sizes, **tokens))
+    return model, {"input_ids": torch.randint(3, 64, (2, 12))}
+
+
+def convnext(needs):
+    model = needs("timm").create_model("convnext_atto", depths=(2, 1, 1, 1), dims=(16, 24, 24, 24), num_classes=5)
+    return model, {"x": torch.randn(2, 3, 64, 64)}
+
+
 @pytest.mark.slow
 def test_found_in_a_whole_vision_transformer(needs, device):
     sites, _ = sites_of(needs("torchvision").models.vit_b_16(image_size=32), (torch.randn(2, 3, 32, 32),), device)
@@ -172,8 +217,10 @@ def test_found_in_a_whole_vision_transformer(needs, device):
             {"per": "token", "top_k": 3},
             "model_layers_{}_mlp_down_proj",
         ),
+        (gpt2, {"per": "token", "split": "cluster"}, "transformer_h_{}_mlp_c_proj"),
+        (convnext, {"min_share": 0.15}, "stages_0_blocks_{}_mlp_fc2"),
     ],
-    ids=["torchvision", "timm", "bert", "llama"],
+    ids=["torchvision", "timm", "bert", "llama", "gpt2", "convnext"],
 )
 def test_found_in_libraries(needs, device, make, options, expected):
     model, inputs = make(needs)
@@ -338,7 +385,9 @@ def test_parts_sum_to_the_whole(converted, kind, options):
     assert len(known) == 5 * len(dyn.gates)
     apart = specialise(dyn.graph.fx, {name: int(not name.endswith("whole")) for name in known})
     assert not any(is_select(n) for n in apart.nodes)
-    parts = [n for n in apart.nodes if n.target == torch.ops.aten.linear.default and "inserted" in n.meta]
+    aten = torch.ops.aten
+    projections = (aten.linear.default, aten.conv1d.default, aten.conv2d.default)
+    parts = [n for n in apart.nodes if n.target in projections and "inserted" in n.meta]
     assert len(parts) == 4 * len(dyn.gates) * (3 if kind == "gated" else 2)
     x = inputs(5)
     (found,) = fx.Interpreter(dyn, graph=apart).run(*x)

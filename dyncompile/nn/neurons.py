@@ -68,23 +68,24 @@ class NeuronMask(nn.Module):
     Args:
         groups: The neurons of each group.
         batch_dim: The dim of the hidden value that the rows of the decisions lie along.
+        channel_dim: The dim that its neurons lie along.
     """
 
     group_of: Tensor
 
-    def __init__(self, groups: list[list[int]], batch_dim: int) -> None:
+    def __init__(self, groups: list[list[int]], batch_dim: int, channel_dim: int = -1) -> None:
         super().__init__()
         group_of = torch.empty(sum(map(len, groups)), dtype=torch.int64)
         for g, members in enumerate(groups):
             group_of[members] = g
         self.register_buffer("group_of", group_of, persistent=False)
-        self.batch_dim = batch_dim
+        self.batch_dim, self.channel_dim = batch_dim, channel_dim
 
     def forward(self, hidden: Tensor, *decisions: Tensor) -> Tensor:
-        """Mask `[..., R, ..., H]` by the decisions of the groups, each `[R]`."""
+        """Mask `[..., R, ..., H, ...]` by the decisions of the groups, each `[R]`."""
         if not self.training:
             return hidden
         mask = torch.stack(decisions, -1).index_select(-1, self.group_of)
         shape = [1] * hidden.dim()
-        shape[self.batch_dim], shape[-1] = mask.shape
+        shape[self.batch_dim], shape[self.channel_dim] = mask.shape
         return hidden * mask.view(shape).to(hidden.dtype)

@@ -35,6 +35,7 @@ from benchmarks.harness import Report, Table, Target
 from dyncompile.demo.datasets import Images, load
 from dyncompile.demo.models import ResNet, VisionTransformer
 from dyncompile.demo.train import Augmented, Schedule, accuracy, train
+from dyncompile.drafts import drafted
 from dyncompile.training.gating import activation_rates
 
 DROP, COMPOSED = 0.01, 0.015
@@ -107,7 +108,8 @@ def static_model(images: Images, options: argparse.Namespace) -> nn.Module:
         model.load_state_dict(load_file(path))
         return model.eval()
     train(model, images, schedule, seed=0)
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
+    with drafted(path) as draft:
+        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, draft)
     return model
 
 

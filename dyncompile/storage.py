@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dyncompile.capture import capture
 from dyncompile.capture.check import same, undisturbed
+from dyncompile.drafts import flush
 from dyncompile.errors import ArgumentError, DyncompileError, RecipeError
 from dyncompile.graph import Graph
 from dyncompile.module import DynamicModule
@@ -102,11 +103,11 @@ def save(dyn: DynamicModule, folder: str | os.PathLike[str], *, force: bool = Fa
         # the folder holds, and weights that wait for their final name are found by that hash.
         waiting = _waiting(folder, digest)
         staged.replace(waiting)
-        _flush(waiting, draft, folder)
+        flush(waiting, draft, folder)
         draft.replace(folder / RECIPE)
-        _flush(folder)
+        flush(folder)
         waiting.replace(folder / WEIGHTS)
-        _flush(folder)
+        flush(folder)
     finally:
         staged.unlink(missing_ok=True)
         draft.unlink(missing_ok=True)
@@ -247,18 +248,6 @@ def _digest(path: Path) -> str:
 def _waiting(folder: Path, digest: str) -> Path:
     """Weights that are complete but have not yet replaced those before."""
     return folder / f".{WEIGHTS}.{digest}"
-
-
-def _flush(*paths: Path) -> None:
-    """Wait until files, or the names in a folder, are on the disk."""
-    for path in paths:
-        if path.is_dir() and os.name == "nt":
-            continue  # a folder cannot be opened there
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 # --- reading -------------------------------------------------------------------------------------

@@ -190,7 +190,7 @@ def test_a_checkpoint_is_whole_or_the_one_before(born, tmp_path, monkeypatch):
     def torn(checkpoint, file, *args, **kwargs):
         written.append(checkpoint)
         if len(written) == 5:  # the best and the last of two epochs, then half of a third
-            file.write(b"PK\x03\x04")
+            file.write_bytes(b"PK\x03\x04")
             raise KeyboardInterrupt
         save(checkpoint, file, *args, **kwargs)
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.tasks import Run
+from dyncompile.drafts import drafted
 from dyncompile.shapes import flop_counter
 
 Call = Callable[[Tensor], Tensor]
@@ -76,9 +77,8 @@ def trained(run: Run, name: str, *, width: float = 1.0, half: bool = False) -> n
         model.load_state_dict(load_file(path))
         return model.eval()
     run.fit(model)
-    draft = path.with_suffix(".tmp")
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, draft)
-    draft.replace(path)  # a kill leaves the whole file or none
+    with drafted(path) as draft:
+        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, draft)
     return model.eval()
 
 

@@ -1,11 +1,11 @@
 """A calibration beside a saved model, as long as that model is the one that was calibrated."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from dyncompile.calibration.result import Calibration
+from dyncompile.drafts import drafted
 from dyncompile.errors import RecipeError
 from dyncompile.storage import RECIPE
 
@@ -14,12 +14,9 @@ FILE = "calibration.json"
 
 def write_beside(calibration: Calibration, folder: Path) -> None:
     """Keep a calibration with the model that `dyncompile.save` has just written, thresholds set, into a folder."""
-    draft = folder / f".{FILE}.{os.getpid()}"
-    try:
-        draft.write_text(json.dumps({"weights": _weights(folder), "calibration": calibration.to_dict()}, indent=1))
-        draft.replace(folder / FILE)
-    finally:
-        draft.unlink(missing_ok=True)
+    kept = {"weights": _weights(folder), "calibration": calibration.to_dict()}
+    with drafted(folder / FILE) as draft:
+        draft.write_text(json.dumps(kept, indent=1), encoding="utf-8")
 
 
 def read_beside(folder: Path) -> dict[str, Any] | None:

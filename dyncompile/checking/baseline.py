@@ -1,9 +1,7 @@
 """The committed baseline: where passes rewrite a model, and what each region costs; and in what a model differs."""
 
 import json
-import os
 import re
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -11,6 +9,7 @@ from typing import Any, Literal, TypeVar
 import pydantic
 
 from dyncompile.cost import cost_model
+from dyncompile.drafts import drafted
 from dyncompile.errors import BaselineError
 from dyncompile.module import DynamicModule
 
@@ -145,15 +144,8 @@ class Baseline(_Plain):
 
     def write(self, path: Path) -> None:
         """Write the baseline all at once: whatever stops it, the file holds the one before, or this one."""
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        draft = Path(name)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(self.model_dump_json(indent=1) + "\n")
-            draft.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o644)
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
+        with drafted(path) as draft:
+            draft.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 _REMAKE = "restore it, or delete it and make it anew with --update"

@@ -23,6 +23,7 @@ from dyncompile.demo.datasets import Images, load
 from dyncompile.demo.measure import fastest, has_compiler, take_turns
 from dyncompile.demo.models import ResNet
 from dyncompile.demo.train import Augmented, Schedule, accuracy, train
+from dyncompile.drafts import drafted
 from dyncompile.errors import ArgumentError
 from dyncompile.values import whole
 
@@ -203,9 +204,8 @@ def _static(settings: Settings, images: Images, depth: int, width: int, console:
     with Progress(console=console) as progress:
         train(model, images, schedule, seed=settings.seed, progress=progress, title=name)
     # A run that is killed here must not leave half a file for the next one to take up.
-    draft = path.with_suffix(".part")
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, draft)
-    draft.replace(path)
+    with drafted(path) as draft:
+        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, draft)
     return model
 
 
@@ -251,9 +251,8 @@ def _remember(settings: Settings) -> None:
     if not settings.resume or not path.exists():
         for left in (*settings.out.glob("resnet*.safetensors"), *settings.out.glob("finetune/*.ckpt")):
             left.unlink()
-    draft = path.with_suffix(".part")
-    draft.write_text(json.dumps(now, indent=2) + "\n")
-    draft.replace(path)
+    with drafted(path) as draft:
+        draft.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
 
 
 def _table(rows: dict[str, Row], settings: Settings) -> Table:

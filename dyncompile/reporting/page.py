@@ -14,6 +14,7 @@ from dyncompile.calibration.knobs import gate_groups, turned
 from dyncompile.calibration.result import Calibration
 from dyncompile.cost import guard_probability
 from dyncompile.demand import Region
+from dyncompile.drafts import drafted
 from dyncompile.errors import ArgumentError, require
 from dyncompile.module import DynamicModule, Unit
 from dyncompile.recipe import Recipe
@@ -110,10 +111,8 @@ def write_report(
     )
     environment.filters.update(percent=_percent, flops=_flops, time=_time)
     text = environment.from_string(_read("report.html.j2")).render(context)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
+    with drafted(path) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
 def _read(name: str) -> str:

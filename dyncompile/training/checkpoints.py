@@ -1,6 +1,5 @@
 """Checkpoints that are whole or not there; `finetune` imports this late, because it loads Lightning."""
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from zipfile import BadZipFile
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from dyncompile.drafts import drafted
 from dyncompile.errors import ArgumentError
 
 LAST, BEST = "last", "best"
@@ -26,16 +26,8 @@ class WholeCheckpoints(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        draft = Path(f"{path}.part")
-        draft.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with draft.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
+        with drafted(Path(path)) as draft:
+            torch.save(checkpoint, draft)
 
 
 def starting_point(folder: Path, *, resume: bool) -> Path | None:
@@ -47,6 +39,9 @@ def starting_point(folder: Path, *, resume: bool) -> Path | None:
         ArgumentError: The checkpoint cannot be read.
     """
     last = folder / f"{LAST}.ckpt"
+    for name in (LAST, BEST):
+        for left in folder.glob(f".{name}.ckpt.*"):  # by runs that were killed while they wrote
+            left.unlink(missing_ok=True)
     if not resume:
         for name in (LAST, BEST):
             (folder / f"{name}.ckpt").unlink(missing_ok=True)

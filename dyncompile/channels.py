@@ -6,6 +6,7 @@ A connected component is a group; a convolution or linear layer that mixes its i
 starts another.
 """
 
+import copy
 import dataclasses
 import math
 import operator
@@ -43,6 +44,8 @@ _KINDS = {
     *(*CONVOLUTIONS, *LINEARS, *BATCH_NORMS, *DROPOUTS, *POINTWISE, *POOLS),
     *(nn.LayerNorm, nn.GroupNorm, nn.PReLU),
 }
+
+_NORMS = (*BATCH_NORMS, nn.GroupNorm)
 
 _POINTWISE = {
     *(aten.hardswish.default, aten.log_sigmoid.default, aten.dropout.default, aten.rsub.Scalar, aten.rsub.Tensor),
@@ -112,7 +115,8 @@ def sizes_argument(node: Node) -> tuple[int, int] | None:
 def kind_of(module: nn.Module | None) -> type[nn.Module] | None:
     """The layer of torch.nn that a module computes as: its own type, or the one whose forward it inherits.
 
-    An activation of another library (no parameters, each entry by itself) counts as `nn.Identity`: run as it is.
+    An activation of another library (no parameters, each entry by itself) counts as `nn.Identity`: run as it is. A norm
+    that ends in an activation of its own counts as the norm, see `tail_of`.
     """
     if module is None or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         return None
@@ -120,8 +124,42 @@ def kind_of(module: nn.Module | None) -> type[nn.Module] | None:
         if base in _KINDS:
             own = [name for name in ("forward", "_conv_forward") if getattr(base, name, None) is not None]
             same = all(getattr(type(module), name) is getattr(base, name) for name in own)
-            return base if same else None
+            return base if same or (base in _NORMS and _ends_in_children(module, base)) else None
     return nn.Identity if _acts_pointwise(module) else None
+
+
+def tail_of(module: nn.Module) -> tuple[str, ...]:
+    """The children that a norm runs on what it normalised, in order (timm's `BatchNormAct2d`); of others none."""
+    kind = kind_of(module)
+    own = kind in _NORMS and type(module).forward is not kind.forward
+    return tuple(name for name, _ in module.named_children()) if own else ()
+
+
+def _ends_in_children(module: nn.Module, base: type[nn.Module]) -> bool:
+    """Whether a module is `base` and then its children, one after the other, in training as well: tried out."""
+    if not all(kind_of(child) in (*POINTWISE, *DROPOUTS) for child in module.children()):
+        return False
+    whole, apart = copy.deepcopy(module), copy.deepcopy(module)
+    channels: Any = module.num_channels if isinstance(module, nn.GroupNorm) else module.num_features
+    shape = (4, channels, *[3] * (1 if base is nn.BatchNorm1d else 3 if base is nn.BatchNorm3d else 2))
+    like = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), torch.empty(0))
+    x = torch.linspace(-3, 4, math.prod(shape)).sin().reshape(shape).to(like)
+    for training in (True, False):
+        for copied in (whole, apart):
+            copied.train(training)
+            for child in copied.children():
+                child.eval()
+        try:
+            with torch.no_grad():
+                found, expected = whole(x.clone()), base.forward(apart, x.clone())
+                for child in apart.children():
+                    expected = child(expected)
+        except Exception:  # noqa: BLE001 - whatever a module of another shape of input raises
+            return False
+        pairs = ((found, expected), *zip(whole.buffers(), apart.buffers(), strict=True))
+        if not all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in pairs):
+            return False
+    return True
 
 
 def _acts_pointwise(module: nn.Module) -> bool:

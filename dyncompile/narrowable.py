@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from dyncompile.channels import CONVOLUTIONS, LINEARS, ChannelGroup, describe, kind_of
+from dyncompile.channels import BATCH_NORMS, CONVOLUTIONS, LINEARS, ChannelGroup, describe, kind_of
 from dyncompile.graph import Graph, is_tensor, spec
 from dyncompile.ops import is_select
 
@@ -57,7 +57,7 @@ def region(graph: Graph, groups: Sequence[ChannelGroup], *, norms: bool) -> Regi
         for layer in [n for group in groups for n in group.consumers]:
             user = next(iter(layer.users))
             alone = len(layer.users) == 1 and user.op == "call_module"
-            if alone and isinstance(graph.module_of(user), nn.modules.batchnorm._BatchNorm):
+            if alone and kind_of(graph.module_of(user)) in BATCH_NORMS:
                 own.add(user)
     ahead = _reached(graph.fx.nodes, own, lambda n: n.all_input_nodes)
     inside = ahead & _reached(reversed(graph.fx.nodes), own, lambda n: n.users)
@@ -84,8 +84,7 @@ def obstacle(graph: Graph, found: Region) -> str | None:
     for node in found.nodes:
         module = graph.module_of(node)
         words = describe(graph, node)
-        norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and node in found.exits
-        if module is not None and kind_of(module) is None and not norm:
+        if module is not None and kind_of(module) is None:
             return f"{words}, between the layers that make and read its channels, cannot be run in arms"
         tags = getattr(node.target, "tags", ())
         if is_select(node) or torch.Tag.nondeterministic_seeded in tags or "decision" in node.meta:

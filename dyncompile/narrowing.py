@@ -17,6 +17,7 @@ from dyncompile.channels import (
     POOLS,
     kind_of,
     sizes_argument,
+    tail_of,
 )
 from dyncompile.graph import Graph, attribute, is_tensor, spec
 from dyncompile.narrowable import Region
@@ -66,8 +67,8 @@ class _Copy:
         """Narrowed channels, as the layer that mixes them reads them."""
         return x
 
-    def _unparametrised(self, node: Node, module: nn.Module, x: Node) -> Node:
-        """A layer without parameters."""
+    def _unparametrised(self, path: str, name: str, module: nn.Module, x: Node, *rest: Any, **options: Any) -> Node:
+        """A layer without parameters; the name is one of its own."""
         raise NotImplementedError
 
     def _unchanged(self, node: Node, module: nn.Module, x: Node) -> Node:
@@ -118,9 +119,9 @@ class _Copy:
         source: Node = node.args[0]  # type: ignore[assignment]
         x = self._read(source)
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            return self._norm(node, module, x)
+            return self._ended(node, module, self._norm(node, module, x))
         if kind_of(module) in (*DROPOUTS, *POINTWISE, *POOLS):
-            return self._unparametrised(node, module, x)
+            return self._unparametrised(str(node.target), node.name, module, x, *node.args[1:], **node.kwargs)
         channels = 1 if isinstance(module, _CHANNELS_SECOND) else len(spec(node).shape) - 1
         made, read = self._cut(node, channels), self._cut(source, channels)
         if (made, read) == (None, None):
@@ -129,7 +130,14 @@ class _Copy:
         if read is not None and not along:
             self.changed.add(node)  # it mixes the channels, so all that follows sees other values
             x = self._entering(source, x)
-        return self._narrow(node, module, x, made and made[1], read and read[1])
+        return self._ended(node, module, self._narrow(node, module, x, made and made[1], read and read[1]))
+
+    def _ended(self, node: Node, module: nn.Module, x: Node) -> Node:
+        """What a norm runs on what it normalised."""
+        for name in tail_of(module):
+            child = module.get_submodule(name)
+            x = self._unparametrised(f"{node.target}.{name}", f"{node.name}_{name}", child, x)
+        return x
 
     def _narrow(self, node: Node, module: Any, x: Node, made: Any, read: Any) -> Node:
         """A layer with parameters, from some of the input channels to some of the output channels."""
@@ -224,12 +232,12 @@ class Arm(_Copy):
     def _unchanged(self, node: Node, module: nn.Module, x: Node) -> Node:  # noqa: ARG002 - as it is
         return self._emit(node.target, x, *node.args[1:], **node.kwargs)
 
-    def _unparametrised(self, node: Node, module: nn.Module, x: Node) -> Node:
+    def _unparametrised(self, path: str, name: str, module: nn.Module, x: Node, *rest: Any, **options: Any) -> Node:
         if kind_of(module) not in DROPOUTS:
-            return self._unchanged(node, module, x)
-        path = f"{self.owner}.{self.label}_{node.name}"
+            return self._emit(path, x, *rest, **options)
+        path = f"{self.owner}.{self.label}_{name}"
         self.graph.add_module(path, ArmDropout(module))
-        return self._emit(path, self._part(f"{self.owner}.enabled"), x, *node.args[1:])
+        return self._emit(path, self._part(f"{self.owner}.enabled"), x, *rest)
 
     def _norm(self, node: Node, module: nn.modules.batchnorm._BatchNorm, x: Node) -> Node:
         cut = self._cut(node, 1)
@@ -319,14 +327,14 @@ class Body(_Copy):
         (group,) = self.found.groups
         return self._emit(masked, x, self.open, group.kept(source, 1), group.dims[source], spec(source).batch_dim)
 
-    def _unparametrised(self, node: Node, module: nn.Module, x: Node) -> Node:
+    def _unparametrised(self, path: str, name: str, module: nn.Module, x: Node, *rest: Any, **options: Any) -> Node:  # noqa: ARG002 - an own copy
         if kind_of(module) in DROPOUTS:
             return x
-        self._owned.add_module(node.name, copy.deepcopy(module).eval())
-        return self._emit(node.name, x, *node.args[1:], **node.kwargs)
+        self._owned.add_module(name, copy.deepcopy(module).eval())
+        return self._emit(name, x, *rest, **options)
 
     def _unchanged(self, node: Node, module: nn.Module, x: Node) -> Node:
-        return self._narrow(node, module, x, None, None)
+        return self._ended(node, module, self._narrow(node, module, x, None, None))
 
     def _norm(self, node: Node, module: nn.modules.batchnorm._BatchNorm, x: Node) -> Node:
         cut = self._cut(node, 1)

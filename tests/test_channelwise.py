@@ -13,12 +13,23 @@ from dyncompile.shapes import flop_counter
 from dyncompile.testing import forced
 
 
+class NormAct(nn.BatchNorm2d):
+    """A norm that ends in an activation."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.act = nn.SiLU()
+
+    def forward(self, x):
+        return self.act(super().forward(x))
+
+
 class Block(nn.Module):
     """A convolution, a depthwise one, and squeeze-and-excitation between: all of one group."""
 
     def __init__(self, width, hidden):
         super().__init__()
-        self.expand = nn.Sequential(nn.Conv2d(width, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.SiLU())
+        self.expand = nn.Sequential(nn.Conv2d(width, hidden, 1, bias=False), NormAct(hidden))
         self.spatial = nn.Sequential(nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden), nn.BatchNorm2d(hidden))
         self.drop = nn.Dropout(0.1)
         self.project = nn.Sequential(nn.Conv2d(hidden, width, 1), nn.BatchNorm2d(width))

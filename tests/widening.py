@@ -50,6 +50,41 @@ class Inverted(nn.Module):
         return x + self.bn3(self.project(h * scale))
 
 
+class NormAct(nn.BatchNorm2d):
+    """A batch norm that ends in dropout and an activation, with a forward of its own, as timm has it."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.SiLU()
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+class GroupNormAct(nn.GroupNorm):
+    """A group norm that ends in an activation."""
+
+    def __init__(self, groups, channels):
+        super().__init__(groups, channels)
+        self.act = nn.GELU()
+
+    def forward(self, x):
+        return self.act(super().forward(x))
+
+
+class Ending(nn.Module):
+    """A residual block whose norms end in activations."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(width, width, 3, padding=1, bias=False), NormAct(width)
+        self.conv2, self.gn2 = nn.Conv2d(width, width, 1), GroupNormAct(4, width)
+        self.conv3, self.bn3 = nn.Conv2d(width, width, 1), NormAct(width)
+
+    def forward(self, x):
+        return x + self.bn3(self.conv3(self.gn2(self.conv2(self.bn1(self.conv1(x))))))
+
+
 class ConvNeXt(nn.Module):
     """A ConvNeXt block: channels move to the last dim and back."""
 
@@ -168,6 +203,11 @@ MODELS = {
         lambda: vision(Inverted()),
         images,
         [[("1.expand", 24, ["1.squeeze", "1.project"]), ("1.squeeze", 4, ["1.excite"])]],
+    ),
+    "ending": (
+        lambda: vision(Ending()),
+        images,
+        [[("1.conv1", 8, ["1.conv2"]), ("1.conv2", 4, ["1.conv3"])]],
     ),
     "convnext": (lambda: vision(ConvNeXt()), images, [[("1.up", 32, ["1.down"])]]),
     "plain": (plain, images, [[("0", 4, ["4"]), ("4", 16, ["8"])]]),

@@ -82,9 +82,14 @@ class ArmDropout(nn.Module):
 
 
 def private_norm(norm: nn.modules.batchnorm._BatchNorm, channels: int) -> nn.modules.batchnorm._BatchNorm:
-    """A batch norm of its own for an arm, starting from the first channels of another (arXiv 1812.08928)."""
+    """A batch norm of its own for an arm, starting from the first channels of another (arXiv 1812.08928).
+
+    What the other one runs on its result, an activation of its own, is left out.
+    """
     own = copy.deepcopy(norm)
     own.num_features = channels
+    for name, _ in norm.named_children():
+        setattr(own, name, nn.Identity())
     for name, parameter in list(own.named_parameters(recurse=False)):
         setattr(own, name, nn.Parameter(parameter.detach()[:channels].clone(), parameter.requires_grad))
     for name, buffer in list(own.named_buffers(recurse=False)):

@@ -184,7 +184,9 @@ def backbone(graph: Graph, layer: Layer) -> Backbone | str | None:
     path = [layer.x]
     while not _per_frame(path[-1], layer.steps):
         if path[-1].target not in _RESHAPES or not is_tensor(path[-1].args[0]):
-            return None
+            if not flops_between(graph, None, path[-1]):
+                return None
+            return f"`{path[-1].name}` has no row for each frame, those of a sample next to each other"
         path.append(path[-1].args[0])  # type: ignore[arg-type]
     features = frames = path[-1]
     while (before := graph.dominators.get(frames)) is not None and _per_frame(before, layer.steps):
@@ -221,8 +223,8 @@ def _per_frame(node: fx.Node, steps: int) -> bool:
     return isinstance(found, Spec) and found.batch_dim == 0 and found.rows == steps > 1 and node.meta["sliceable"]
 
 
-def flops_between(graph: Graph, frames: fx.Node, features: fx.Node) -> float:
-    """FLOPs per sample between two nodes of the trunk."""
+def flops_between(graph: Graph, frames: fx.Node | None, features: fx.Node) -> float:
+    """FLOPs per sample between two nodes of the trunk, or from the inputs on."""
     inside: set[fx.Node] = set()
     queue = [features]
     while queue:

@@ -85,7 +85,13 @@ class FrameSkip(Pass):
             if isinstance(found, str):
                 yield Refusal(node=first.x.name, reason=f"the backbone runs for every frame: {found}")
             data = _data(stack, found if isinstance(found, Backbone) else None)
-            if reason := self._refuse(graph, first, data):
+            reason = self._refuse(graph, first, data)
+            if reason and "frames" in data:
+                # An agent that reads features is cheaper than one that reads frames.
+                alone = _data(stack, None)
+                yield Refusal(node=first.x.name, reason=f"the backbone runs for every frame: {reason}")
+                data, reason = alone, self._refuse(graph, first, alone)
+            if reason:
                 yield Refusal(node=stack[0].name, reason=reason)
                 continue
             yield Site(name=f"frames{count}", node=stack[0].name, data=data)

@@ -12,10 +12,12 @@ from torch import nn
 
 import dyncompile as dc
 from dyncompile.checking.deciding import settle, switch_on
+from dyncompile.errors import ExportError
 from dyncompile.exporting import checking, files
 from dyncompile.exporting.pieces import Pieces
 from dyncompile.exporting.routing import Writer
 from dyncompile.passes import available
+from dyncompile.passes.channel_gate import ChannelGate
 from dyncompile.passes.frame_skip import FrameSkip
 from dyncompile.passes.layer_skip import LayerSkip
 from dyncompile.passes.neuron_gate import NeuronGate
@@ -56,12 +58,24 @@ class Several(nn.Module):
         return torch.cat((h.mean(1), state[-1], self.plain(x)[0].mean(1)), 1)
 
 
+def channels():
+    """Convolutions and linear layers whose channels are gated one by one."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.SiLU()),
+        *(nn.Conv2d(16, 8, 3, padding="same"), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        *(nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 5)),
+    )
+
+
+ONE_BY_ONE = ChannelGate(granularity="channel", worth=0.0, hidden=2)
+
 # Decisions about rows of a sample, samples along another dim, an agent that reads the state.
 MORE = {
     "tokens": (*MODELS["text"], [NeuronGate(per="token", groups=2)], {}),
     "frames": (Video, lambda n: (torch.randn(n, 5, 3, 8, 8),), [FrameSkip()], {}),
     "steps first": (StepsFirst, lambda n: (torch.randn(4, n, 8),), [LayerSkip()], {"batch_dims": {"x": 1}}),
     "state": (*MODELS["steps"], [FrameSkip(reads="state")], {}),
+    "channels": (channels, lambda n: (torch.randn(n, 3, 8, 8),), [ONE_BY_ONE], {}),
     "recurrent": (Several, lambda n: (torch.randn(n, 7, 6),), [FrameSkip()], {}),
 }
 CASES = [*FIRST, *CHAINS, *((kind, "") for kind in MORE)]
@@ -130,7 +144,7 @@ def test_the_file_decides_and_computes_what_the_model_does(exported, kind, chain
 
 
 @pytest.mark.parametrize(
-    ("kind", "chain"), [case for case in CASES if case[0] not in ("steps", "state", "frames", "recurrent")]
+    ("kind", "chain"), [case for case in CASES if case[0] not in ("steps", "state", "frames", "recurrent", "channels")]
 )
 def test_by_the_sample_no_more_runs_than_is_counted(exported, kind, chain, tmp_path):
     dyn, path = exported(kind, chain, "sample")
@@ -139,6 +153,26 @@ def test_by_the_sample_no_more_runs_than_is_counted(exported, kind, chain, tmp_p
     trace = dyn.trace(*inputs)
     assert float(torch.cat([d.flatten().float() for d in trace.decisions.values()]).mean()) > 0
     assert flops(ran) == pytest.approx(float(trace.cost.double().sum()) * dyn.cost_model().static, rel=1e-5)
+
+
+def test_of_channels_gated_one_by_one_a_sample_runs_its_own(exported, tmp_path):
+    dyn, path = exported("channels", "", "sample")
+    for _ in range(4):
+        inputs = example("channels", 1)
+        _, ran = profiled(path, fed(dyn, inputs), tmp_path)
+        trace = dyn.trace(*inputs)
+        assert 0 < float(trace.decisions["channels0"].float().mean()) < 1
+        assert flops(ran) == pytest.approx(float(trace.cost.double().sum()) * dyn.cost_model().static, rel=1e-5)
+
+
+def test_groups_as_many_as_channels_are_open_are_refused(tmp_path):
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 3, groups=16), nn.ReLU(), nn.Flatten(), nn.Linear(576, 4)
+    )
+    dyn = dc.dynamize(model.eval(), ONE_BY_ONE, example_inputs=torch.randn(2, 3, 8, 8))
+    with pytest.raises(ExportError, match="which ONNX cannot count: take granularity='levels', or export to"):
+        dc.export(switch_on(dyn), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_step_that_is_skipped_does_not_run_where_the_agent_reads_the_state(exported, tmp_path):

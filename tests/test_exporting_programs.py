@@ -50,7 +50,8 @@ def check_alone(dyn, inputs, path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "chain"), [("images", "layer_skip-early_exit"), ("images", "channel_gate"), ("vectors", "neuron_gate")]
+    ("kind", "chain"),
+    [("images", "layer_skip-early_exit"), ("images", "channel_gate"), ("channels", ""), ("vectors", "neuron_gate")],
 )
 def test_it_loads_without_dyncompile(kind, chain, tmp_path):
     check_alone(converted(kind, chain), lambda n: example(kind, n), tmp_path / "model.pt2")

@@ -67,6 +67,12 @@ class Video(nn.Module):
 
     def forward(self, x):
         n, t = x.shape[:2]
+        if self.variant == "stacked":
+            sequence = torch.stack([self.backbone(x[:, i]) for i in range(t)], 1)
+            return self.fc(self.rnn(sequence)[0][:, -1])
+        if self.variant == "transposed":
+            sequence = self.backbone(x.transpose(0, 1).flatten(0, 1)).unflatten(0, (t, n)).transpose(0, 1)
+            return self.fc(self.rnn(sequence)[0][:, -1])
         features = self.backbone(x.flatten(0, 1))
         if self.variant == "centred":
             mean = features.view(n, t, -1).mean(1, keepdim=True)
@@ -516,11 +522,14 @@ def test_in_training_the_gate_sees_what_a_skipped_frame_would_bring(device):
     [
         ("centred", "of one frame depends on other frames"),
         ("read twice", "is also read by `view"),
+        ("stacked", "`stack` has no row for each frame, those of a sample next to each other"),
+        ("transposed", "has no row for each frame, those of a sample next to each other"),
+        ("plain", "an agent costs "),
     ],
 )
 def test_backbones_that_run_for_every_frame(variant, reason, device):
     graph = capture(Video(variant).to(device), (torch.randn(2, 5, 3, 8, 8, device=device),))
-    refused, site = FrameSkip(hidden=4).sites(graph)
+    refused, site = FrameSkip(hidden=24 if variant == "plain" else 4).sites(graph)
     assert isinstance(refused, Refusal)
     assert isinstance(site, Site)
     assert refused.reason.startswith("the backbone runs for every frame: ")

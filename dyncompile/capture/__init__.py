@@ -1,7 +1,9 @@
 """From an `nn.Module` to a canonical graph: export with layers whole, canonicalise, prove."""
 
+import contextlib
 import copy
 import functools
+import io
 import logging
 import traceback
 import warnings
@@ -201,7 +203,12 @@ def _export(
     flat.__signature__ = signature.flat()  # type: ignore[attr-defined]
     shapes = tuple(None if dim is None else {dim: torch.export.Dim.DYNAMIC} for dim in dims)
     try:
-        with swapped(root, hookless(flat)), opaque(root, leaves) as calls, warnings.catch_warnings():
+        with (
+            swapped(root, hookless(flat)),
+            opaque(root, leaves) as calls,
+            warnings.catch_warnings(),
+            contextlib.redirect_stderr(io.StringIO()),  # to which torch prints half a graph where it stops
+        ):
             warnings.simplefilter("ignore")
             exported = torch.export.export(root, tuple(fresh(inputs)), dynamic_shapes=shapes, strict=False)
     except DyncompileError:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from dyncompile.exporting.scope import Scope
 from dyncompile.graph import attribute, spec
 from dyncompile.lowering.plan import Plan, Segment, segment_module
 from dyncompile.module import DynamicModule
+from dyncompile.nn.channelwise import GatheredChannels
 from dyncompile.nn.recurrent import CompactedLayer, DroppingLayer
 from dyncompile.ops import SELECT, SWITCH, mix, mix_many
 
@@ -64,6 +66,7 @@ class Pieces:
         parts: dict[Key, Part] = {}
         for segment in plan.segments():
             module = exportable(segment_module(segment, dyn))
+            _refuse_counted_groups(module)
             given = Part(
                 module,
                 [examples[n] for n in segment.inputs],
@@ -126,6 +129,26 @@ def exportable(module: fx.GraphModule) -> fx.GraphModule:
                 module.set_submodule(str(node.target), SequenceLayer(layer.layer))
     module.recompile()
     return module.eval()
+
+
+_aten = torch.ops.aten
+_GROUPS = {
+    _aten.group_norm.default: 1,
+    **{getattr(_aten, f"conv{n}d").default: 6 for n in (1, 2, 3)},
+    **{getattr(_aten, f"conv{n}d").padding: 6 for n in (1, 2, 3)},
+}
+"""Which argument says how many groups there are: an attribute in ONNX, so a constant."""
+
+
+def _refuse_counted_groups(module: fx.GraphModule) -> None:
+    """Refuse gated channels that are read in groups, as many as channels are open."""
+    for layer in module.modules():
+        for node in layer.dense.body.graph.nodes if isinstance(layer, GatheredChannels) else ():
+            if node.target in _GROUPS and isinstance(node.args[_GROUPS[node.target]], fx.Node):
+                raise ExportError(
+                    "a grouped convolution or group norm among channels that are gated one by one has as many groups "
+                    "as channels are open, which ONNX cannot count: take granularity='levels', or export to *.pt2"
+                )
 
 
 class _All(nn.Module):
@@ -209,7 +232,8 @@ def quiet() -> Iterator[None]:
     """Leave out what torch says of its own exporter."""
     loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx")]
     levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
+    # Where it stops it prints half a graph.
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
             for logger in loggers:

@@ -119,7 +119,7 @@ class GatheredChannels(nn.Module):
     def forward(self, static: None, decision: Tensor, *values: Tensor) -> Results:  # noqa: ARG002 - as in the dense form
         """Compute the results; arguments as in `GatedChannels.forward`, the decisions bool."""
         opened = decision.view(-1, self.dense.parts)
-        if len(opened) == 1:
+        if torch.compiler.is_exporting() or len(opened) == 1:
             return self._run(opened, values)
         patterns, group, sizes = opened.unique(dim=0, return_inverse=True, return_counts=True)
         part, calls = self.dense.flops / self.dense.parts, self.kernels * ragged.CALL_FLOPS
@@ -141,7 +141,9 @@ class GatheredChannels(nn.Module):
         )
 
     def _run(self, opened: Tensor, values: tuple[Tensor, ...]) -> Results:
-        index = opened.any(0).nonzero().view(-1)
-        if not len(index):
-            index = index.new_zeros(1)  # a layer reads at least one channel, here multiplied with nought
+        read = opened.any(0)
+        # A layer reads at least one channel: the first one, multiplied with nought.
+        first = torch.arange(len(read), device=read.device) == 0
+        index = (read | (first & ~read.any())).nonzero().view(-1)
+        torch._check(index.shape[0] >= 1)  # for who traces this
         return self.dense.body(index, opened.index_select(1, index), *values)  # type: ignore[no-any-return]

@@ -178,10 +178,10 @@ def _features(node: Node) -> list[Node]:
 
 
 def _together(graph: Graph, group: list[Branch]) -> bool:
-    """Whether branches of one shape lie in one module that is more than a list of others."""
+    """Whether branches lie in one module that is more than a list of others, and give what the first one was given."""
     owner = graph.root.get_submodule(_module(group))
     listed = isinstance(owner, nn.Sequential | nn.ModuleList | nn.ModuleDict)
-    return not listed and len({spec(branch.add) for branch in group}) == 1
+    return not listed and spec(_end(graph, group)) == spec(group[0].add)
 
 
 def _module(group: list[Branch]) -> str:
@@ -192,7 +192,7 @@ def _module(group: list[Branch]) -> str:
 
 
 def _end(graph: Graph, group: list[Branch]) -> Node:
-    """The value that a group's module hands on: its last addition, or the norm behind it."""
+    """The value that a group's module hands on: its last addition, the norm behind it, or the first's shape again."""
     last = group[-1].add
     path = _module(group)
     chain = [*graph.cut_points, graph.final]
@@ -200,5 +200,5 @@ def _end(graph: Graph, group: list[Branch]) -> Node:
         return last
     later = itertools.takewhile(lambda node: path in node.meta.get("path", ()), chain[chain.index(last) + 1 :])
     joined = {branch.add for branch in graph.residual_branches}
-    norms = itertools.takewhile(lambda node: node not in joined, later)
-    return [last, *(node for node in norms if is_tensor(node) and spec(node) == spec(last))][-1]
+    behind = [node for node in itertools.takewhile(lambda n: n not in joined, later) if is_tensor(node)]
+    return [last, *(node for node in behind if spec(node) == spec(group[0].add))][-1]

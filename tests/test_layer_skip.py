@@ -339,6 +339,37 @@ def test_whole_blocks(first, device):
     assert always < 0.05
 
 
+class Windowed(nn.Module):
+    """A block of timm's Swin: attention on a map, the feed-forward layer on its tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.up, self.down = (
+            nn.MultiheadAttention(16, 2, batch_first=True),
+            nn.Linear(16, 32),
+            nn.Linear(32, 16),
+        )
+
+    def forward(self, x):
+        n, h, w, c = x.shape
+        tokens = x.reshape(n, h * w, c)
+        x = x + self.attention(tokens, tokens, tokens, need_weights=False)[0].reshape(n, h, w, c)
+        x = x.reshape(n, -1, c)
+        x = x + self.down(self.up(x).relu())
+        return x.reshape(n, h, w, c)
+
+
+def test_whole_blocks_that_reshape_between_their_branches(device):
+    model = nn.Sequential(Windowed(), Windowed(), nn.Flatten(), nn.Linear(96, 3))
+    dyn = gated(model, torch.randn(2, 2, 3, 16), device, granularity="block")
+    assert len(dyn.gates) == 2
+    x = torch.randn(4, 2, 3, 16, device=device)
+    with torch.no_grad(), forced(dyn, {"gate0": 0.0, "gate1": 1.0}):
+        torch.testing.assert_close(dyn(x), model[3](model[2](model[1](x))))
+    always, *_ = enabled(dyn).cost_model().weights
+    assert always < 0.05
+
+
 def test_blocks_of_convolutions_are_their_branches(needs):
     make, inputs = ZOO["resnet18"]
     model, x = make(needs), inputs(2)

@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from dyncompile.capture import modes
 from dyncompile.capture.check import undisturbed
+from dyncompile.demand import stands_in
 from dyncompile.errors import ArgumentError
 from dyncompile.graph import Graph, is_tensor, spec
 
@@ -160,6 +161,8 @@ def _behind(graph: Graph, second: Node) -> tuple[list[Node], list[Node]]:
         if projection(graph, node) is not None:
             firsts.append(node)
             continue
+        if gate := _gated_by(node):
+            raise _no(node, f"what `{gate}` decides about already")
         idle = idle_in_evaluation(graph, node)
         if not idle and not _acts_alone(graph, node):
             if active:
@@ -172,6 +175,13 @@ def _behind(graph: Graph, second: Node) -> tuple[list[Node], list[Node]]:
                 seen.add(source)
                 queue.append(source)
     return (between, firsts) if active else ([], [])
+
+
+def _gated_by(node: Node) -> str:
+    """Name of the decision, of an earlier pass, that leaves a part of a value out."""
+    if node.meta.get("training_only"):  # a mask of neurons or channels
+        return next((str(n.meta["decision"]) for n in node.all_input_nodes if "decision" in n.meta), node.name)
+    return next((name for source in node.all_input_nodes if (name := stands_in(source))), "")
 
 
 def _no(node: Node, found: str) -> ArgumentError:

@@ -15,6 +15,7 @@ from dyncompile.demand import specialise
 from dyncompile.errors import ArgumentError, PassError
 from dyncompile.ops import is_select
 from dyncompile.passes import Refusal, Site
+from dyncompile.passes.channel_gate import ChannelGate
 from dyncompile.passes.early_exit import EarlyExit
 from dyncompile.passes.layer_skip import LayerSkip
 from dyncompile.passes.neuron_gate import NeuronGate
@@ -311,6 +312,12 @@ def test_rows_decide(device):
     graph = capture(Encoder(batch_first=False).to(device), moved(sequence(2), device), batch_dims={"x": 1})
     reasons = {r.reason for r in NeuronGate(per="token", hidden=2).sites(graph)}
     assert reasons == {"the samples lie along dim 1 of its input [6, 1, 16], not along dim 0, per token"}
+
+
+def test_what_another_gate_narrows_is_refused_by_its_name(device):
+    strategy = [ChannelGate(granularity="channel", hidden=2), NeuronGate(hidden=2)]
+    with pytest.raises(PassError, match=r"`_modes_channels0__2`: found what `channels0` decides about already"):
+        dc.dynamize(mlp(width=256).to(device), strategy, example_inputs=vectors(2)[0].to(device))
 
 
 def test_no_site_says_why(device):

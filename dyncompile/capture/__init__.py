@@ -215,7 +215,7 @@ def _export(
         raise
     except Exception as error:  # whatever the user's own forward or torch.export raises
         fixed = "specialized" in str(error)
-        hint = "; where the batch is not dim 0 of an input, pass batch_dims" if fixed else ""
+        hint = "; where the batch is not dim 0 of an input, pass batch_dims; there has to be one" if fixed else ""
         raise CaptureError(f"torch.export stopped: {_reason(error)}{hint}") from error
     return exported, calls
 

@@ -117,7 +117,7 @@ class Graph:
     @property
     def placeholders(self) -> list[Node]:
         """The flat inputs."""
-        return [node for node in self.fx.nodes if node.op == "placeholder"]
+        return list(self.fx.find_nodes(op="placeholder"))
 
     @property
     def output(self) -> Node:
@@ -132,7 +132,7 @@ class Graph:
     @property
     def final(self) -> Node:
         """The prediction of the full-depth path, behind every exit."""
-        return next((node for node in self.fx.nodes if node.meta.get("final")), self.prediction)
+        return next((node for node in reversed(self.fx.nodes) if node.meta.get("final")), self.prediction)
 
     @property
     def main_input(self) -> Node:

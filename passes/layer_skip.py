@@ -123,6 +123,8 @@ class LayerSkip(Pass):
         return RecurrentCore(self.hidden) if self.gate == "recurrent" else None
 
     def _shared(self, graph: Graph) -> RecurrentCore | None:
-        """The core of the gates that are there, or a new one for the first."""
+        """The core of the gates that are there, or a new one for the first; None if they have none."""
+        if self.gate != "recurrent":
+            return None
         there = (module for module in graph.root.modules() if isinstance(module, RecurrentCore))
         return next(there, None) or self._core()

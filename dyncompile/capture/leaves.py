@@ -202,7 +202,7 @@ def leaves_of(root: nn.Module, run: Callable[[], object]) -> dict[str, bool]:
     for path, module in root.named_modules():
         if not path or not is_layer(module):
             continue
-        if any(path.startswith(f"{outer}.") for outer in inside):
+        if inside and path.startswith(f"{inside[-1]}."):  # what is inside of a module comes right after it
             continue
         inside.append(path)
         handles.append(module.register_forward_pre_hook(functools.partial(before, path), with_kwargs=True))

@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings={"the agent reads": options.reads},
     )
     if options.only != "time":
-        # Of the vowels half is padding, which costs nothing where it is skipped, so 0.3 is half of the steps inside.
+        # Vowels are padded to the longest, and what is padded is skipped first: 0.3 of all steps is half of their own.
         learned(report, japanese_vowels(), options, static_epochs=60, epochs=80, hidden=64, target=0.3)
         if options.hapt is not None:
             learned(report, hapt(options.hapt), options, static_epochs=12, epochs=16, hidden=64, target=0.45)
@@ -108,7 +108,7 @@ def learned(
         title=f"{data.name}: {len(data.test)} test recordings",
         columns=["seed", "static accuracy", "dynamic", "points", "steps updated", "cost", "static, every other step"],
         rows=[],
-        note=f"LSTM of {hidden} units; {len(data.train)} recordings to train; fine-tuned for {epochs} epochs to cost {target}.",
+        note=f"LSTM of {hidden} units; {len(data.train)} recordings to train; fine-tuned to {target} in {epochs} epochs.",
     )
     for seed in range(1 if options.quick else options.seeds):
         torch.manual_seed(seed)

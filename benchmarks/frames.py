@@ -108,7 +108,7 @@ def learned(
         title=f"{data.name}: {len(data.test)} test recordings",
         columns=["seed", "static accuracy", "dynamic", "points", "steps updated", "cost", "static, every other step"],
         rows=[],
-        note=f"LSTM of {hidden} units; {len(data.train)} recordings to train; fine-tuned to {target} in {epochs} epochs.",
+        note=f"LSTM of {hidden} units; {len(data.train)} recordings to train; tuned to {target} in {epochs} epochs.",
     )
     for seed in range(1 if options.quick else options.seeds):
         torch.manual_seed(seed)

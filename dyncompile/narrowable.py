@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from dyncompile.channels import BATCH_NORMS, CONVOLUTIONS, LINEARS, ChannelGroup, describe, kind_of
+from dyncompile.channels import ChannelGroup, describe
 from dyncompile.graph import Graph, is_tensor, spec
+from dyncompile.kinds import BATCH_NORMS, CONVOLUTIONS, LINEARS, kind_of
 from dyncompile.ops import is_select
 
 aten = torch.ops.aten

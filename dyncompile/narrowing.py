@@ -8,18 +8,9 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from dyncompile.channels import (
-    BATCH_NORMS,
-    CONVOLUTIONS,
-    DROPOUTS,
-    LINEARS,
-    POINTWISE,
-    POOLS,
-    kind_of,
-    sizes_argument,
-    tail_of,
-)
+from dyncompile.channels import sizes_argument
 from dyncompile.graph import Graph, attribute, is_tensor, spec
+from dyncompile.kinds import BATCH_NORMS, CONVOLUTIONS, DROPOUTS, LINEARS, POINTWISE, POOLS, kind_of, tail_of
 from dyncompile.narrowable import Region
 from dyncompile.nn.channelwise import entries_of, masked
 from dyncompile.nn.narrow import ArmBatchNorm, ArmDropout, ArmStatistics, private_norm

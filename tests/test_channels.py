@@ -6,7 +6,8 @@ import widening
 from torch import nn
 
 from dyncompile.capture import capture
-from dyncompile.channels import channel_groups, kind_of
+from dyncompile.channels import channel_groups
+from dyncompile.kinds import kind_of
 
 OUTPUT = "its channels are an output of the model"
 

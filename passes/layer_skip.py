@@ -37,7 +37,8 @@ class LayerSkip(Pass):
         gate: "feed_forward": each gate decides by itself; "recurrent": one LSTM cell is shared by all
             gates, and its state goes from gate to gate, whatever they decide.
         granularity: "branch": each branch by itself; "block": attention and feed-forward branch of a
-            transformer block together: who skips the block has its input as output, norms included.
+            transformer block together: who skips the block has its input as output, norms included. Every other
+            branch, as those of an MLP-Mixer, stays by itself.
         projection: Also gate branches whose shortcut is computed; who skips takes the shortcut alone.
         hidden: Width between the layers of a gate; of the LSTM, if recurrent.
         pool: What of a feature map or of tokens a gate reads: "mean", "cls", "last", or "auto": as

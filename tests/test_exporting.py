@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from profiling import flops, profiled
-from test_frame_skip import Video
+from skipping import Video
 from test_passes import MODELS, REFUSED
 from torch import nn
 

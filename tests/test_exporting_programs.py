@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 from exiting import Net, Tokens
+from skipping import STEPS, WIDTH, Reader
 from test_exporting import converted, example
-from test_frame_skip import STEPS, WIDTH, Reader
 
 import dyncompile as dc
 from dyncompile.checking.deciding import settle, switch_on

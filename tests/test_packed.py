@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from test_frame_skip import enable, kept
+from skipping import enable, kept
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import rnn

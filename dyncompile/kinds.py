@@ -62,6 +62,9 @@ def _ends_in_children(module: nn.Module, base: type[nn.Module]) -> bool:
     shape = (4, channels, *[3] * (1 if base is nn.BatchNorm1d else 3 if base is nn.BatchNorm3d else 2))
     like = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), torch.empty(0))
     x = torch.linspace(-3, 4, math.prod(shape)).sin().reshape(shape).to(like)
+    for copied in (whole, apart):
+        for number, parameter in enumerate(copied.parameters()):  # a weight of nought would make all alike
+            parameter.data = torch.linspace(1, 2 + number, parameter.numel()).to(parameter).reshape(parameter.shape)
     for training in (True, False):
         for copied in (whole, apart):
             copied.train(training)

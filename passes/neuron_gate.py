@@ -11,13 +11,7 @@ from torch import fx, nn
 from dyncompile.clustering import balanced_clusters, even_split
 from dyncompile.errors import ArgumentError
 from dyncompile.features import pooling, token_mask
-from dyncompile.feedforward import (
-    FeedForward,
-    Projection,
-    feed_forward,
-    feed_forward_layers,
-    idle_in_evaluation,
-)
+from dyncompile.feedforward import FeedForward, Projection, feed_forward, feed_forward_layers, idle_in_evaluation
 from dyncompile.graph import Graph, spec
 from dyncompile.nn import Feature, FeedForwardPolicy, Gate, build_estimator
 from dyncompile.nn.neurons import AllOpen, NeuronMask, TopKGate

@@ -199,3 +199,14 @@ def test_the_output_is_an_obstacle():
 
     groups = channel_groups(capture(Both(), (torch.randn(2, 4),), prediction="0"))
     assert [group.obstacles for group in groups] == [(OUTPUT,), (OUTPUT,)]
+
+
+class Doubled(nn.BatchNorm2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_norm_of_another_forward_is_unknown_also_where_its_weight_is_nought():
+    norm = Doubled(4)
+    nn.init.zeros_(norm.weight)
+    assert kind_of(norm) is None

@@ -5,7 +5,8 @@ run on the same input, in turns; medians and quartiles of the rounds; JSON and M
 
 - The static twin is the fastest of the static forms, as in `benchmarks.early_exit`.
 - Shares are of samples, drawn for each gate by itself; at batch 1, where a gate is open or not, they are of gates, and
-  the mean over some draws is taken. Counted cost: FLOPs of what was drawn, gates included (`dyn.trace`).
+  the mean over some draws is taken. Groups of neurons are drawn for each row by itself, at every batch size. Counted
+  cost: FLOPs of what was drawn, gates included (`dyn.trace`).
 - Beside it, what the operators themselves make of it: the static model on the rows that are left, over what rows are
   left. A convolution of few rows takes longer a row; no lowering can save what that loses.
 """
@@ -26,8 +27,9 @@ from benchmarks.early_exit import contenders, realised_saving
 from benchmarks.forms import WHOLE, forms, whole
 from benchmarks.harness import Report, Table, Target, Timing, take_turns
 from dyncompile.lowering.lowered import LoweredModule
-from dyncompile.module import decision_owners, decision_routes
+from dyncompile.module import decision_nodes, decision_owners, decision_routes
 from dyncompile.passes import Pass, resolve
+from dyncompile.shapes import spec
 from dyncompile.testing import Share, forced
 
 KEPT = (0.5, 0.25)
@@ -177,12 +179,19 @@ def _batch(
 
 
 def _drawn(dyn: dc.DynamicModule, kept: float, batch: int, seed: int) -> dict[str, Share]:
-    """Decisions in which each gate keeps a share of its samples; at batch 1, a share of the gates is kept."""
+    """Decisions in which each gate keeps a share of its rows; at batch 1, of gates of one row a share is kept."""
     routes = decision_routes(dyn.graph.fx)
+    rows = {name: spec(node).rows for name, node in decision_nodes(dyn.graph.fx).items()}
     names = [n for n, owner in decision_owners(dyn.graph.fx).items() if owner in dyn.gates]
-    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(names), generator=generator).tolist()
     drawn: dict[str, Share] = {}
     for place, name in zip(order, names, strict=True):
+        if rows[name] > 1:
+            total = batch * rows[name]
+            picked = torch.randperm(total, generator=generator)[: round(kept * total)]
+            drawn[name] = torch.zeros(total, dtype=torch.bool).index_fill(0, picked, True)
+            continue
         arms = routes.get(name, 0)
         share: Sequence[float] = _levels(kept, arms) if arms else [1 - kept, kept]
         if batch == 1:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
-from dyncompile.demand import Guard, Region, Unit, analyse, conjunctions, scaled_by, specialise, stands_in
+from dyncompile.demand import Guard, Region, Unit, analyse, scaled_by, specialise, stands_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +122,7 @@ def cost_model(graph: fx.Graph, fixed: Mapping[str, int] | None = None, *, unit:
     for node in static:
         if name := node.meta.get("real"):
             packed[name] = packed.get(name, 0.0) + node.meta.get(unit, 0.0) / reference
-    wholes = dict.fromkeys(conjunctions(graph), 0)
-    found = analyse(specialise(graph, wholes | dict(fixed or {}))).regions
+    found = analyse(specialise(graph, dict(fixed or {}))).regions
     regions = [part for region in found for part in _parts(region)]
     weights = (sum(share * node.meta.get(unit, 0.0) for node, share in shares.items()) for _, shares in regions)
     return CostModel(tuple(region for region, _ in regions), tuple(w / reference for w in weights), reference, packed)

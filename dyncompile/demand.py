@@ -202,14 +202,13 @@ def _depths(graph: fx.Graph) -> dict[fx.Node, int]:
     return depth
 
 
-def specialise(graph: fx.Graph, fixed: Mapping[str, int], *, training: bool = False) -> fx.Graph:
+def specialise(graph: fx.Graph, fixed: Mapping[str, int]) -> fx.Graph:
     """Copy a graph with some decisions known: their selects collapse to an arm, and what nobody needs is dropped.
 
     Args:
-        graph: Left as it is.
+        graph: Left as it is. The copy is for evaluation: what does something in training only (metadata
+            `training_only`) has the value of its first argument.
         fixed: The arm that each known decision takes, by the decision's name.
-        training: Keep what does something in training only (metadata `training_only`); in evaluation its value is its
-            first argument.
 
     Returns:
         The copy; nodes keep their names and metadata.
@@ -221,9 +220,9 @@ def specialise(graph: fx.Graph, fixed: Mapping[str, int], *, training: bool = Fa
         if is_select(node) and decision_name(decision_of(node)) in fixed:
             node.replace_all_uses_with(arms_of(node)[fixed[decision_name(decision_of(node))]])
             copied.erase_node(node)
-        elif (name := stands_in(node)) and not training:
+        elif name := stands_in(node):
             _settle(node, kept=fixed.get(name) == 1)
-        elif node.meta.get("training_only") and not training:
+        elif node.meta.get("training_only"):
             node.replace_all_uses_with(node.args[0])
             copied.erase_node(node)
     sweep(copied)
@@ -262,17 +261,6 @@ def _settle(node: fx.Node, *, kept: bool) -> None:
         index = int(part.args[1])  # type: ignore[arg-type]
         if index < len(static):
             part.replace_all_uses_with(static[index])
-
-
-def conjunctions(graph: fx.Graph) -> dict[str, tuple[str, ...]]:
-    """Decisions that say whether all of several others are on (metadata `all_of`): their names, and of those the names.
-
-    Such a decision chooses between two ways to compute one thing: as a whole (arm 1), for rows that need all its parts,
-    or part by part. It is no choice of its own: no trace shows it, and a row costs what its parts cost. Training always
-    computes the whole, in which the parts are switched off otherwise.
-    """
-    decisions = (decision_of(node) for node in graph.nodes if is_select(node))
-    return {decision_name(d): tuple(d.meta["all_of"]) for d in decisions if "all_of" in d.meta}
 
 
 def sweep(graph: fx.Graph) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from dyncompile.capture.cells import inside
 from dyncompile.capture.check import resize
 from dyncompile.cost import CostModel, cost_model, exit_costs
-from dyncompile.demand import conjunctions, decision_name, specialise, stands_in
+from dyncompile.demand import decision_name, stands_in
 from dyncompile.errors import ArgumentError, CaptureError
 from dyncompile.graph import Graph, is_tensor, program, spec
 from dyncompile.nn import Exit, Gate
@@ -105,12 +105,11 @@ class DynamicModule(nn.Module):
     def refresh(self) -> None:
         """Take over what passes have changed in the graph."""
         # Made here and not when first called, so that torch.compile finds plain functions.
-        self._forward, self._trace = self._programs()
+        self._forward, self._trace = program(self._graph.fx), program(self._trace_graph())
         self._costs: dict[tuple[str, tuple[tuple[str, int], ...]], CostModel] = {}
         self._owners = decision_owners(self._graph.fx)
         self._routes = decision_routes(self._graph.fx)
         self._within = decisions_within(self._graph.fx)
-        self._conjunctions = conjunctions(self._graph.fx)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies leave the cost models out: they hold nodes, and are made again when asked for."""
@@ -150,7 +149,7 @@ class DynamicModule(nn.Module):
         if self._override is not None:
             return self.trace(*args, **kwargs).output
         with self._explaining(inputs):
-            return signature.unflatten(self._forward[self.training](self, *inputs))
+            return signature.unflatten(self._forward(self, *inputs))
 
     def _explaining(self, inputs: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if torch.compiler.is_compiling() else self._explained(inputs)
@@ -189,7 +188,7 @@ class DynamicModule(nn.Module):
         nodes = self._taps()
         with self._explaining(inputs):
             if self._override is None:
-                values = self._trace[self.training](self, *inputs)
+                values = self._trace(self, *inputs)
             else:
                 values = _Overriding(self, self._override).run(*inputs)
         output = self._graph.signature.unflatten(values[0])
@@ -231,32 +230,18 @@ class DynamicModule(nn.Module):
         """Nodes that a trace shows, by (kind, name); decisions that no pass named carry their node's name."""
         nodes = {n.meta["tap"]: n for n in self._graph.fx.nodes if "tap" in n.meta}
         for node in self._graph.fx.nodes:
-            if is_select(node) and "all_of" not in decision_of(node).meta:
+            if is_select(node):
                 decision = decision_of(node)
                 nodes.setdefault(("decision", decision_name(decision)), decision)
         return nodes
 
-    def _trace_graph(self, training: bool) -> fx.Graph:
+    def _trace_graph(self) -> fx.Graph:
         traced = fx.Graph()
         mapping: dict[fx.Node, fx.Node] = {}
         output = traced.graph_copy(self._graph.fx, mapping)
         taps = tuple(mapping[node] for node in self._taps().values())
         traced.output((output, mapping[self._graph.final], taps))
-        return self._settled(traced) if training else traced
-
-    def _settled(self, graph: fx.Graph) -> fx.Graph:
-        """What training computes: conjunctions take the arm that is the whole."""
-        whole = dict.fromkeys(conjunctions(graph), 1)
-        return specialise(graph, whole, training=True) if whole else graph
-
-    def _programs(self) -> tuple[dict[bool, Program], dict[bool, Program]]:
-        """What `forward` and `trace` run, by mode."""
-        graph = self._graph.fx
-        forward, trace = program(graph), program(self._trace_graph(training=False))
-        if not conjunctions(graph):
-            return {False: forward, True: forward}, {False: trace, True: trace}
-        training = program(self._settled(graph)), program(self._trace_graph(training=True))
-        return {False: forward, True: training[0]}, {False: trace, True: training[1]}
+        return traced
 
     # --- cost ------------------------------------------------------------------------------------
 
@@ -346,7 +331,7 @@ class _Overriding(fx.Interpreter):
     """Runs the trace graph with some decisions replaced."""
 
     def __init__(self, module: DynamicModule, override: Override) -> None:
-        super().__init__(module, graph=module._trace_graph(module.training))
+        super().__init__(module, graph=module._trace_graph())
         self.override = override
         self.names = {decision_of(n): decision_name(decision_of(n)) for n in self.graph.nodes if is_select(n)}
         self.names.update({n: str(n.meta["decision"]) for n in self.graph.nodes if "decision" in n.meta})
@@ -368,14 +353,13 @@ def disabled_gates(module: DynamicModule, *, forced: Collection[str] = ()) -> di
     if not gates:
         return {}
     free = {decision: owner for decision, owner in module._owners.items() if decision not in forced}
-    known = {decision: gates[owner].open_arm for decision, owner in free.items() if owner in gates}
-    return known | {name: 1 for name, parts in module._conjunctions.items() if known.keys() >= set(parts)}
+    return {decision: gates[owner].open_arm for decision, owner in free.items() if owner in gates}
 
 
 def decision_owners(graph: fx.Graph) -> dict[str, str]:
     """For each decision, by name and in order of execution, the exit or gate that makes it; "" for the user's own."""
     found = decision_nodes(graph).items()
-    return {name: str(node.meta.get("owner", "")) for name, node in found if "all_of" not in node.meta}
+    return {name: str(node.meta.get("owner", "")) for name, node in found}
 
 
 def decision_nodes(graph: fx.Graph) -> dict[str, fx.Node]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dyncompile.demand import conjunctions, stands_in
+from dyncompile.demand import stands_in
 from dyncompile.errors import ArgumentError
 from dyncompile.lowering.lowered import LoweredModule
 from dyncompile.module import DynamicModule, decision_nodes, decision_routes
@@ -93,18 +93,16 @@ def forced(model: DynamicModule | LoweredModule, shares: Shares, *, seed: int = 
 
 @dataclasses.dataclass(frozen=True)
 class _Kind:
-    """Of a decision: its rows a sample, its arms (0: yes or no), and the decisions that it is the conjunction of."""
+    """Of a decision: its rows a sample, and its arms (0: yes or no)."""
 
     rows: int
     arms: int
-    parts: tuple[str, ...]
 
 
 def _kinds(dyn: DynamicModule) -> dict[str, _Kind]:
     routes = decision_routes(dyn.graph.fx)
     found = {name: spec(node).rows for name, node in decision_nodes(dyn.graph.fx).items()}
-    parts = conjunctions(dyn.graph.fx)
-    return {name: _Kind(found.get(name, 1), routes.get(name, 0), parts.get(name, ())) for name in (*dyn.exits, *found)}
+    return {name: _Kind(found.get(name, 1), routes.get(name, 0)) for name in (*dyn.exits, *found)}
 
 
 class _Draw:
@@ -118,15 +116,7 @@ class _Draw:
         self.drawn: dict[tuple[str, int, torch.device], Tensor] = {}
 
     def __call__(self, name: str, value: Tensor, index: Tensor | None, total: int) -> Tensor:
-        if name in self.shares:
-            return self._forced(name, value, index, total)
-        parts = self.kinds[name].parts
-        forced = [part for part in parts if part in self.shares]
-        # With all parts forced, what they would have been does not count.
-        value = torch.ones_like(value) if parts and len(forced) == len(parts) else value
-        for part in forced:
-            value = value * self._forced(part, value, index, total)
-        return value
+        return self._forced(name, value, index, total) if name in self.shares else value
 
     def _forced(self, name: str, value: Tensor, index: Tensor | None, total: int) -> Tensor:
         """What a decision is forced to, on the rows and in the dtype of a value."""

@@ -16,7 +16,7 @@ from dyncompile.narrowable import Region, flops_of, obstacle, region, saved_flop
 from dyncompile.narrowing import Arm, Body
 from dyncompile.nn import FeedForwardPolicy, Gate, build_estimator
 from dyncompile.nn.channelwise import ChannelMask, GatedChannels
-from dyncompile.nn.neurons import TopKGate
+from dyncompile.nn.topk import TopKGate
 from dyncompile.ops import SWITCH
 from dyncompile.passes.base import Pass, Refusal, Site
 from dyncompile.shapes import module_flops

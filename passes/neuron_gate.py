@@ -1,7 +1,9 @@
 """Neuron gate: the neurons of a feed-forward layer in groups, of which a router picks those that a row needs."""
 
+import copy
 import dataclasses
 import math
+import operator
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -11,11 +13,11 @@ from torch import fx, nn
 from dyncompile.clustering import balanced_clusters, even_split
 from dyncompile.errors import ArgumentError
 from dyncompile.features import pooling, token_mask
-from dyncompile.feedforward import FeedForward, Projection, feed_forward, feed_forward_layers, idle_in_evaluation
+from dyncompile.feedforward import FeedForward, feed_forward, feed_forward_layers, idle_in_evaluation
 from dyncompile.graph import Graph, spec
 from dyncompile.nn import Feature, FeedForwardPolicy, Gate, build_estimator
-from dyncompile.nn.neurons import AllOpen, NeuronMask, TopKGate
-from dyncompile.ops import SELECT
+from dyncompile.nn.neurons import GatedNeurons, NeuronLayout, NeuronMask
+from dyncompile.nn.topk import TopKGate
 from dyncompile.passes.base import Pass, Refusal, Site, find
 from dyncompile.shapes import module_flops
 
@@ -29,15 +31,13 @@ class NeuronGate(Pass):
     Conditional computation (arXiv 1511.06297); MoEfication (arXiv 2110.01786).
 
     Before:  %h = act(first(%x));  %y = second(%h)
-    After:   %d0, %d1 = gates.neurons0(%x);  %w = all on(%d0, %d1)
-             %y  = second(mask(act(first(%x)), %d0, %d1))
-             %a  = bias of second
-             %a0 = select(%d0, %a + part0(%x), %a)
-             %a1 = select(%d1, %a0 + part1(%x), %a0);  %z = select(%w, %y, %a1)
+    After:   %d, _ = gates.neurons0(%x)                                   ; one decision a group, `[N * G]`
+             %y = second(mask(act(first(%x)), %d))                        ; the mask in training only
+             %z = gated(static=(%y,), %d, %x, weights...)                 ; stands in for the value of second
 
-    A part is the layer with the rows of `first` and the columns of `second` that belong to a group: slices of the same
-    weights. Rows with every group on run the layer itself, so that nothing is rounded differently. In training the
-    layer runs as a whole, its neurons multiplied with the decisions, which is the sum of the parts that are on.
+    What stands in runs slices of the same weights: the rows of `first` and the columns of `second` that belong to
+    open groups. Rows with every group on have the value of the layer itself, so that nothing is rounded differently.
+    In training the layer runs as a whole, its neurons multiplied with the decisions.
 
     The layers are linear, convolutions that look at one position (ConvNeXt), or `x @ weight + bias` (GPT-2).
 
@@ -47,7 +47,7 @@ class NeuronGate(Pass):
     saved. Its input has a row for each sample; by the sample no more than one, by the token samples come first.
 
     Args:
-        groups: How many, of equal size.
+        groups: How many at most: the largest number up to it that splits the neurons into groups of equal size.
         split: "contiguous" neurons, or "cluster": neurons whose first weights are alike share a group.
         per: "sample" or "token": what picks its own groups. What has no tokens picks by the sample.
         top_k: Every row picks this many groups; None: as many as pass the gate.
@@ -90,7 +90,7 @@ class NeuronGate(Pass):
             raise ArgumentError("hidden", found=repr(self.hidden), expected="a width >= 1")
         if not 0 <= self.min_share < 1:
             raise ArgumentError("min_share", found=self.min_share, expected="a share in [0, 1)")
-        self._gate(nn.Identity())
+        self._gate(nn.Identity(), self.groups)
 
     # --- where -----------------------------------------------------------------------------------
 
@@ -115,8 +115,11 @@ class NeuronGate(Pass):
         for node in layer.nodes:
             if node in taken:
                 return f"`{node}` belongs to the layer of `{taken[node]}` already"
-        if layer.neurons < self.groups:
-            return f"{layer.neurons} neurons are fewer than {self.groups} groups"
+        count = self._count(layer)
+        if count < 2:
+            return f"{layer.neurons} neurons cannot be split into 2 to {self.groups} groups of equal size"
+        if count <= (self.top_k or 0):
+            return f"its {layer.neurons} neurons make {count} groups, no more than top_k={self.top_k} picks"
         x = spec(layer.source)
         if x.batch_dim is None or x.batch_dim == layer.channel_dim or not layer.source.meta["sliceable"]:
             return f"its input {list(x.shape)} has no row for each sample"
@@ -131,7 +134,7 @@ class NeuronGate(Pass):
             return f"it is {share:.1%} of the model's FLOPs, less than min_share={self.min_share:.1%}"
         gate = module_flops(lambda: self._policy(graph, layer), self._reads(graph, layer))
         gate *= math.prod(x.shape[1:-1]) if self._by_token(layer) else 1
-        saved = own * (1 - (self.top_k or 0) / self.groups)
+        saved = own * (1 - (self.top_k or 0) / count)
         if gate >= saved:
             return f"a gate costs {gate:.0f} FLOPs and the groups that it can skip {saved:.0f}"
         return ""
@@ -140,9 +143,13 @@ class NeuronGate(Pass):
         x = spec(layer.source)
         return self.per == "token" and _last(layer) and (len(x.shape) > 2 or x.rows > 1)
 
+    def _count(self, layer: FeedForward) -> int:
+        """How many groups a layer has."""
+        return next(count for count in range(self.groups, 0, -1) if layer.neurons % count == 0)
+
     def _clusters(self, layer: FeedForward) -> list[list[int]]:
         rows = [layer.projections[node].weight.detach().flatten(1) for node in layer.firsts]
-        return balanced_clusters(torch.cat(rows, 1), self.groups)
+        return balanced_clusters(torch.cat(rows, 1), self._count(layer))
 
     # --- the gate --------------------------------------------------------------------------------
 
@@ -163,13 +170,13 @@ class NeuronGate(Pass):
             masked=bool(masks),
             padding=bool(masks) and "pad" in masks[0].name,
         )
-        return FeedForwardPolicy(read, self.hidden, self.groups)
+        return FeedForwardPolicy(read, self.hidden, self._count(layer))
 
-    def _gate(self, policy: nn.Module) -> Gate:
+    def _gate(self, policy: nn.Module, count: int) -> Gate:
         estimator = build_estimator(self.estimator)
         if self.top_k is None:
-            return Gate(policy, estimator=estimator, decisions=self.groups)
-        return TopKGate(policy, estimator=estimator, k=self.top_k, decisions=self.groups)
+            return Gate(policy, estimator=estimator, decisions=count)
+        return TopKGate(policy, estimator=estimator, k=self.top_k, decisions=count)
 
     # --- rewriting -------------------------------------------------------------------------------
 
@@ -178,130 +185,80 @@ class NeuronGate(Pass):
         layer = feed_forward(graph, find(graph, site.node))
         if layer is None:
             raise ArgumentError("sites", found=f"`{site.node}`", expected="the second layer of a feed-forward layer")
-        groups: list[list[int]] = site.data.get("groups") or even_split(layer.neurons, self.groups)
-        source, *masks = self._reads(graph, layer)
-        shape = spec(layer.second).shape[1:]
-        dim = spec(source).batch_dim or 0
-        flat = self._by_token(layer) and bool(shape[:-1])
-        gate = self._gate(self._policy(graph, layer, flat=flat))
-        rows = _flatten(graph, layer) if flat else source
-        picked, _ = graph.insert(f"gates.{site.name}", gate, [rows, *masks], ("", "probability"))
-        whole, decisions = _decisions(graph, site.name, picked, len(groups))
-        _mask(graph, layer, site.name, NeuronMask(groups, dim, -1 if flat else layer.channel_dim), decisions)
-
-        users = list(layer.second.users)
+        groups: list[list[int]] = site.data.get("groups") or even_split(layer.neurons, self._count(layer))
         call = graph.fx.call_function
+        read = self._reads(graph, layer)
+        flat = self._by_token(layer)
+        if flat:
+            with graph.fx.inserting_after(layer.source):
+                read = [call(_aten.reshape.default, (layer.source, [-1, spec(layer.source).shape[-1]]))]
+        gate = self._gate(self._policy(graph, layer, flat=flat), len(groups))
+        picked, likely = graph.insert(f"gates.{site.name}", gate, read, ("", ""))
+        with graph.fx.inserting_after(likely):
+            decision = call(_aten.reshape.default, (picked, [-1]))
+        with graph.fx.inserting_after(decision):
+            probability = call(_aten.reshape.default, (likely, [-1]))
+        decision.meta.update(owner=site.name, decision=site.name, tap=("decision", site.name))
+        probability.meta.update(owner=site.name, tap=("probability", site.name))
+
+        batch_dim = spec(layer.source).batch_dim or 0
+        layout = NeuronLayout(batch_dim=batch_dim, channel_dim=layer.channel_dim, by_token=flat)
+        device = graph.inputs[0].device
+        path = f"_modes.{site.name}_mask"
+        graph.add_module(path, NeuronMask(groups, layout).to(device))
+        with graph.fx.inserting_before(layer.second):
+            masked = graph.fx.create_node("call_module", path, (layer.hidden, decision))
+        masked.meta["training_only"] = True
+        layer.second.replace_input_with(layer.hidden, masked)
+
+        projections = {node: layer.projections[node] for node in (*layer.firsts, layer.second)}
+        module = GatedNeurons(
+            _activation(graph, layer),
+            groups,
+            layout=layout,
+            biased=[made.biased for made in projections.values()],
+            transposed=[made.transposed for made in projections.values()],
+        )
+        graph.add_module(f"_modes.{site.name}", module.to(device))
+        users = list(layer.second.users)
         with graph.fx.inserting_before(layer.second.next):
-            total = _bias(graph, layer, rows, flat=flat)
-            for g, (decision, members) in enumerate(zip(decisions, groups, strict=True)):
-                part = _part(graph, layer, rows, _Neurons(graph, members, f"_constants.{site.name}_{g}"))
-                total = call(SELECT, (decision, call(_aten.add.Tensor, (total, part)), total, dim))
-            result = call(SELECT, (whole, layer.second, total, dim))
-            if flat:
-                result = call(_aten.reshape.default, (result, [-1, *shape]))
+            weights = [
+                graph.fx.get_attr(f"{node.target}.{name}")
+                for node, made in projections.items()
+                for name in ("weight", "bias")[: 1 + made.biased]
+            ]
+            stand = graph.fx.create_node(
+                "call_module", f"_modes.{site.name}", ((layer.second,), decision, layer.source, *weights)
+            )
+            result = call(operator.getitem, (stand, 0))
         for user in users:
             user.replace_input_with(layer.second, result)
+        result.meta["path"] = layer.second.meta.get("path", ())
         if layer.second.meta.pop("final", False):
             result.meta["final"] = True
-        if flat:
-            for node in layer.nodes:
-                for known in ("spec", "flops"):
-                    node.meta.pop(known)
+        scaled = sum(graph.flops(node) for node in layer.nodes)
+        graph.invalidate()
+        graph.propagate()
+        stand.meta.update(stands_in=site.name, owner=site.name, share=scaled / graph.flops(stand))
 
 
-def _flatten(graph: Graph, layer: FeedForward) -> fx.Node:
-    """Let the layer run on rows `[R, D]`, one for each token."""
-    source = layer.source
-    with graph.fx.inserting_after(source):
-        rows = graph.fx.call_function(_aten.reshape.default, (source, [-1, spec(source).shape[-1]]))
-    for node in layer.firsts:
-        node.replace_input_with(source, rows)
-    return rows
-
-
-def _decisions(graph: Graph, name: str, picked: fx.Node, count: int) -> tuple[fx.Node, list[fx.Node]]:
-    """Whether every group is on; and the decision of each group, `[R]`."""
-    path = f"_modes.{name}_whole"
-    graph.add_module(path, AllOpen())
-    parts = [f"{name}.{g}" for g in range(count)]
-    with graph.fx.inserting_before(picked.next):
-        whole = graph.fx.create_node("call_module", path, (picked,))
-        decisions = [graph.fx.call_function(_aten.select.int, (picked, 1, g)) for g in range(count)]
-    for node, decision in zip((whole, *decisions), (f"{name}.whole", *parts), strict=True):
-        node.meta.update(owner=name, decision=decision)
-    whole.meta["all_of"] = parts
-    return whole, decisions
-
-
-def _mask(graph: Graph, layer: FeedForward, name: str, mask: NeuronMask, decisions: list[fx.Node]) -> None:
-    """Multiply the neurons with the decisions of their groups, in training."""
-    path = f"_modes.{name}_mask"
-    graph.add_module(path, mask.to(graph.inputs[0].device))
-    with graph.fx.inserting_before(layer.second):
-        masked = graph.fx.create_node("call_module", path, (layer.hidden, *decisions))
-    masked.meta["training_only"] = True
-    layer.second.replace_input_with(layer.hidden, masked)
-
-
-def _bias(graph: Graph, layer: FeedForward, rows: fx.Node, *, flat: bool) -> fx.Node:
-    """What the layer gives with no neuron: its second bias, for each row."""
-    call = graph.fx.call_function
-    value = spec(layer.second)
-    rank, dim = (2, 1) if flat else (len(value.shape), layer.channel_dim)
-    column = call(_aten.slice.Tensor, (rows, dim, 0, 1))
-    nothing = call(_aten.zeros_like.default, (column,))
-    sizes = [-1] * rank
-    sizes[dim] = value.shape[layer.channel_dim]
-    if not layer.projections[layer.second].biased:
-        return call(_aten.clone.default, (call(_aten.expand.default, (nothing, sizes)),))
-    bias = graph.fx.get_attr(f"{layer.second.target}.bias")
-    if dim < rank - 1:
-        bias = call(_aten.reshape.default, (bias, [-1] + [1] * (rank - 1 - dim)))
-    return call(_aten.add.Tensor, (nothing, bias))
+def _activation(graph: Graph, layer: FeedForward) -> fx.GraphModule:
+    """What acts on each neuron alone, from what the first projections make; without dropout, which only trains."""
+    made, owned = fx.Graph(), nn.Module()
+    mapping = {node: made.placeholder(f"made{i}") for i, node in enumerate(layer.firsts)}
+    for node in layer.between:
+        if idle_in_evaluation(graph, node):
+            mapping[node] = mapping[node.args[0]]  # type: ignore[index]
+            continue
+        if (module := graph.module_of(node)) is not None:
+            owned.add_module(node.name, copy.deepcopy(module).eval())
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), mapping.__getitem__)
+        target = node.name if module is not None else node.target
+        mapping[node] = made.create_node(node.op, target, args, kwargs)
+    made.output(mapping[layer.hidden])
+    return fx.GraphModule(owned, made, class_name="Activation")
 
 
 def _last(layer: FeedForward) -> bool:
     """Whether channels come last, after the tokens."""
     return layer.channel_dim == len(spec(layer.source).shape) - 1
-
-
-class _Neurons:
-    """Takes the entries of a group out of a weight: a slice of consecutive ones, else by a constant index."""
-
-    def __init__(self, graph: Graph, members: list[int], path: str) -> None:
-        self.graph = graph
-        self.start, self.stop = members[0], members[-1] + 1
-        self.consecutive = members == list(range(self.start, self.stop))
-        self.path = path
-        if not self.consecutive:
-            graph.add_constant(path, torch.tensor(members, device=graph.inputs[0].device))
-
-    def of(self, weight: str, dim: int) -> fx.Node:
-        """The group's entries of a parameter, along a dim."""
-        whole = self.graph.fx.get_attr(weight)
-        if self.consecutive:
-            return self.graph.fx.call_function(_aten.slice.Tensor, (whole, dim, self.start, self.stop))
-        return self.graph.fx.call_function(_aten.index_select.default, (whole, dim, self.graph.fx.get_attr(self.path)))
-
-    def project(self, node: fx.Node, how: Projection, x: fx.Node, *, made: bool) -> fx.Node:
-        """The projection of a node, of those neurons that it makes, with their bias, or that it reads, without one."""
-        call = self.graph.fx.call_function
-        weight = self.of(f"{node.target}.weight", int(made == how.transposed))
-        if how.transposed:
-            weight = call(_aten.t.default, (weight,))
-        bias = self.of(f"{node.target}.bias", 0) if made and how.biased else None
-        return call(how.op, (x, weight, bias))
-
-
-def _part(graph: Graph, layer: FeedForward, rows: fx.Node, neurons: _Neurons) -> fx.Node:
-    """What a group of neurons adds, without the second bias. Dropout is left out: training runs the layer itself."""
-    mapping: dict[fx.Node, fx.Node] = {
-        node: neurons.project(node, layer.projections[node], rows, made=True) for node in layer.firsts
-    }
-    for node in layer.between:
-        if idle_in_evaluation(graph, node):
-            mapping[node] = mapping[node.args[0]]  # type: ignore[index]
-            continue
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), mapping.__getitem__)
-        mapping[node] = graph.fx.create_node(node.op, node.target, args, kwargs)
-    return neurons.project(layer.second, layer.projections[layer.second], mapping[layer.hidden], made=False)

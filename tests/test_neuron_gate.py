@@ -11,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import dyncompile as dc
 from dyncompile.capture import capture
 from dyncompile.clustering import balanced_clusters, even_split
-from dyncompile.demand import specialise
+from dyncompile.demand import specialise, stands_in
 from dyncompile.errors import ArgumentError, PassError
-from dyncompile.ops import is_select
+from dyncompile.nn.neurons import GatedNeurons
+from dyncompile.nn.ragged import free_calls
 from dyncompile.passes import Refusal, Site
 from dyncompile.passes.channel_gate import ChannelGate
 from dyncompile.passes.early_exit import EarlyExit
@@ -276,7 +277,8 @@ def weight_normed():
         (Shared(), {}, "b", "found neurons that `slice_1` reads too"),
         (Elsewhere(), {}, "b", "found another input than `a` has"),
         (weight_normed, {}, "_3", "`_0`: found a weight that is computed, or hooks"),
-        (mlp(width=6), {}, "_3", "6 neurons are fewer than 8 groups"),
+        (mlp(width=11), {}, "_3", "11 neurons cannot be split into 2 to 8 groups of equal size"),
+        (mlp(width=30), {"top_k": 6}, "_3", "its 30 neurons make 6 groups, no more than top_k=6 picks"),
         (mlp(width=8), {"hidden": 64}, "_3", "a gate costs 2560 FLOPs and the groups that it can skip 272"),
         (mlp(width=64), {"hidden": 8, "top_k": 7}, "_3", "a gate costs 320 FLOPs and the groups that it can skip 272"),
         (nn.Sequential(mlp(), nn.ReLU(), nn.Linear(5, 9)), {"hidden": 2}, "_2",
@@ -321,8 +323,8 @@ def test_what_another_gate_narrows_is_refused_by_its_name(device):
 
 
 def test_no_site_says_why(device):
-    with pytest.raises(PassError, match="pass `neuron_gate` found no site: _3: 6 neurons are fewer than 8 groups"):
-        dc.dynamize(mlp(width=6).to(device), "neuron_gate", example_inputs=vectors(2)[0].to(device))
+    with pytest.raises(PassError, match="pass `neuron_gate` found no site: _3: 11 neurons cannot be split into 2 to 8"):
+        dc.dynamize(mlp(width=11).to(device), "neuron_gate", example_inputs=vectors(2)[0].to(device))
 
 
 @pytest.mark.parametrize(
@@ -385,21 +387,51 @@ def test_a_site_holds_indices_only_where_it_must(converted):
     assert dyn.recipe.steps[0].sites[0]["data"] == {}
 
 
+def test_as_many_groups_as_divide_the_neurons(device):
+    dyn = dc.dynamize(mlp(width=30).to(device), NeuronGate(hidden=1), example_inputs=vectors(2)[0].to(device))
+    assert dyn.eval().trace(*moved(vectors(3), device)).decisions["neurons0"].shape == (3, 6)
+
+
 @VARIANT
-def test_parts_sum_to_the_whole(converted, kind, options):
+def test_all_groups_are_the_whole(converted, kind, options):
+    """What stands in for the layers, where it does not fall back on them."""
     model, dyn, inputs = converted(kind, **options)
-    known = {n.args[0].meta["decision"]: 1 for n in dyn.graph.fx.nodes if is_select(n)}
-    assert len(known) == 5 * len(dyn.gates)
-    apart = specialise(dyn.graph.fx, {name: int(not name.endswith("whole")) for name in known})
-    assert not any(is_select(n) for n in apart.nodes)
-    aten = torch.ops.aten
-    projections = (aten.linear.default, aten.conv1d.default, aten.conv2d.default)
-    parts = [n for n in apart.nodes if n.target in projections and "inserted" in n.meta]
-    assert len(parts) == 4 * len(dyn.gates) * (3 if kind == "gated" else 2)
+    apart = specialise(dyn.graph.fx, {})
+    assert all(n.args[0] is None for n in apart.nodes if stands_in(n))
     x = inputs(5)
     (found,) = fx.Interpreter(dyn, graph=apart).run(*x)
     torch.testing.assert_close(found, model(*x), rtol=1e-5, atol=1e-5)
     assert not torch.equal(found, torch.zeros_like(found))
+
+
+@VARIANT
+def test_a_closed_group_does_not_matter(converted, kind, options):
+    _, dyn, inputs = converted(kind, **options)
+    for gate in dyn.gates.values():
+        gate.enabled.fill_(True)
+    (path,) = [n for n, m in dyn.named_modules() if isinstance(m, GatedNeurons)][:1]
+    gated = dyn.get_submodule(path)
+    (call,) = [n for n in dyn.graph.fx.nodes if n.target == path]
+    x = inputs(3)
+    shut = torch.ones_like(dyn.trace(*x).decisions["neurons0"])
+    shut.view(3, -1, 4)[..., 1] = False
+    bias = next(n for n in call.args[3:] if n.target.endswith("weight"))
+    weight = dyn.get_parameter(bias.target)
+    members = range(gated.size, 2 * gated.size) if gated.order is None else gated.order[gated.size : 2 * gated.size]
+    along = int(gated.transposed[0])
+    for training in (False, True):
+        dyn.train(training)
+        with torch.no_grad(), forced(dyn, {"neurons0": shut, **{n: 1.0 for n in dyn.gates if n != "neurons0"}}):
+            found = []
+            for neuron in (int(members[0]), int((gated.order if gated.order is not None else range(99))[0])):
+                kept = weight.clone()
+                torch.manual_seed(2)
+                before = dyn(*x)
+                weight.select(along, neuron).mul_(float("nan") if not training and not found else 3.0)
+                torch.manual_seed(2)
+                found.append(torch.allclose(dyn(*x), before, atol=1e-6))
+                weight.copy_(kept)
+        assert found == [True, False]
 
 
 # --- as the static model, and as its decisions say -------------------------------------------------
@@ -429,15 +461,12 @@ def test_training_is_evaluation_with_the_same_decisions(converted, kind, options
     x = inputs(6)
     drawn = dyn.train().trace(*x)
     dyn.eval()
-    dyn._override = lambda name, value: (
-        drawn.decisions[name].flatten() > 0.5 if name in drawn.decisions else torch.zeros_like(value)
-    )
+    dyn._override = lambda name, value: drawn.decisions[name].flatten() > 0.5
     chosen = dyn.trace(*x)
     dyn._override = None
-    assert 0.1 < torch.stack(list(drawn.decisions.values())).mean() < 0.9
+    assert 0.1 < torch.cat([d.flatten() for d in drawn.decisions.values()]).mean() < 0.9
     torch.testing.assert_close(drawn.output, chosen.output, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(drawn.cost, chosen.cost)
-    assert not any("whole" in name for name in drawn.decisions)
 
 
 def test_gradient_of_the_cost(converted):
@@ -445,11 +474,10 @@ def test_gradient_of_the_cost(converted):
     _, dyn, inputs = converted("gated")
     costs = dyn.train().cost_model()
     for state in (0.0, 1.0):
-        decisions = {f"neurons0.{g}": torch.full((3,), state, requires_grad=True) for g in range(4)}
-        costs.expected(decisions).sum().backward()
-        for decision in decisions.values():
-            group = 2 * (2 * 12 * 8) + 2 * 8 * 5
-            torch.testing.assert_close(decision.grad, torch.full((3,), group / costs.static))
+        decision = torch.full((3, 4), state, requires_grad=True)
+        costs.expected({"neurons0": decision}).sum().backward()
+        group = 2 * (2 * 12 * 8) + 2 * 8 * 5
+        torch.testing.assert_close(decision.grad, torch.full((3, 4), group / costs.static))
     decisive(dyn)
     trace = dyn.trace(*inputs(5))
     trace.output.square().sum().backward()
@@ -471,16 +499,17 @@ def test_lowered_is_the_reference_and_runs_what_is_counted(converted, kind, opti
     decisive(dyn)
     fast.relower()
     trace = dyn.trace(*x)
-    with FlopCounterMode(display=False) as counter:
+    torch.testing.assert_close(fast(*x), trace.output, rtol=1e-5, atol=1e-5)
+    with FlopCounterMode(display=False) as counter, free_calls():
         found = fast(*x)
-    torch.testing.assert_close(found, trace.output, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found, trace.output, rtol=1e-5, atol=1e-5)
     assert fast.plan.dense == {}
     # The counter does not know the kernel that attention runs in evaluation on this device.
     assert counter.get_total_flops() <= float(trace.cost.sum()) * dyn.cost_model().static * 1.0001
     if kind in ("mlp", "gated", "images"):
         assert counter.get_total_flops() == pytest.approx(float(trace.cost.sum()) * dyn.cost_model().static)
     if batch == 33:
-        shares = torch.stack(list(trace.decisions.values())).float().mean(1)
+        shares = torch.cat([d.view(-1, 4) for d in trace.decisions.values()]).float().mean(0)
         assert ((shares > 0) & (shares < 1)).any()
 
 
@@ -491,36 +520,65 @@ def test_forced_groups(converted, kind, batch):
     dyn.gates["neurons0"].enabled.fill_(True)
     fast = dc.lower(dyn, "eager")
     x = inputs(batch)
-    shares = {"neurons0.0": 0.5, "neurons0.1": 0.0, "neurons0.2": 1.0, "neurons0.3": torch.arange(batch) % 3 == 0}
     whole = dyn(*x)
-    with forced(dyn, shares):
-        trace = dyn.trace(*x)
-    with forced(fast, shares), FlopCounterMode(display=False) as counter:
-        found = fast(*x)
-    torch.testing.assert_close(found, trace.output, rtol=1e-5, atol=1e-6)
-    assert not torch.allclose(found, whole)
-    assert fast.last_run["not neurons0.whole & neurons0.2"] == batch
-    assert "not neurons0.whole & neurons0.1" not in fast.last_run
-    assert fast.last_run["not neurons0.whole & neurons0.3"] == (batch + 2) // 3
-    assert counter.get_total_flops() == pytest.approx(float(trace.cost.sum()) * dyn.cost_model().static)
-    with torch.no_grad():
-        dyn.gates["neurons0"].bias.fill_(-100.0)
-    with forced(fast, dict.fromkeys(shares, 1.0)):
-        assert torch.equal(fast(*x), whole)
-        assert fast.last_run == {"always": batch, "neurons0.whole": batch}
+    mask = torch.rand(batch, 4, device=whole.device) < 0.5
+    mask[:, 1], mask[:, 2] = False, True
+    for shares in ({"neurons0": mask}, {"neurons0": torch.zeros_like(mask)}, {"neurons0": 0.5}):
+        with forced(dyn, shares):
+            trace = dyn.trace(*x)
+        with forced(fast, shares), FlopCounterMode(display=False) as counter, free_calls():
+            found = fast(*x)
+        torch.testing.assert_close(found, trace.output, rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(found, whole)
+        assert fast.last_run["neurons0"] == int(trace.decisions["neurons0"].sum())
+        assert counter.get_total_flops() == pytest.approx(float(trace.cost.sum()) * dyn.cost_model().static)
+    with forced(fast, {"neurons0": 1.0}):
+        torch.testing.assert_close(fast(*x), whole, rtol=1e-5, atol=1e-6)
 
 
-def test_rows_with_every_group_run_the_layer_itself(converted):
+def test_what_takes_less_time_is_run(converted, monkeypatch):
+    _, dyn, inputs = converted("mlp")
+    dyn.gates["neurons0"].enabled.fill_(True)
+    fast = dc.lower(dyn, "eager")
+    x = inputs(8)
+    mask = torch.zeros(8, 4, dtype=torch.bool, device=x[0].device)
+    mask[:4, 0] = mask[4:, 3] = True
+    counted = {}
+    for calls in (0.0, 1e12):
+        monkeypatch.setattr("dyncompile.nn.ragged.CALL_FLOPS", calls)
+        monkeypatch.setattr("dyncompile.nn.ragged.MOVE_FLOPS", 0.0)
+        with forced(fast, {"neurons0": mask}), FlopCounterMode(display=False) as counter:
+            found = fast(*x)
+        with forced(dyn, {"neurons0": mask}):
+            torch.testing.assert_close(found, dyn(*x), rtol=1e-5, atol=1e-6)
+        counted[calls] = counter.get_total_flops()
+    assert counted[1e12] - counted[0.0] == 8 * 2 * 10 * (12 + 5)  # each row's other group of the two
+
+
+def test_rows_with_every_group_have_the_value_of_the_layer_itself(converted):
     model, dyn, inputs = converted("encoder")
     for gate in dyn.gates.values():
         gate.enabled.fill_(True)
-    gate.bias.fill_(100.0)
-    dyn.gates["neurons0"].bias.fill_(100.0)
-    fast = dc.lower(dyn, "eager")
     x = inputs(5)
-    assert torch.equal(fast(*x), dyn(*x))
-    assert torch.equal(dyn(*x), model(*x))
-    assert fast.last_run == {"always": 5, "neurons0.whole": 5, "neurons1.whole": 5}
+    mask = torch.rand(5, 4, device=x[0].device) < 0.5
+    mask[[1, 3]] = True
+    with forced(dyn, dict.fromkeys(dyn.gates, mask)):
+        found, expected = dyn(*x), model(*x)
+        assert torch.equal(found[mask.all(1)], expected[mask.all(1)])
+        assert not torch.allclose(found[~mask.all(1)], expected[~mask.all(1)])
+
+
+def test_changed_weights_are_read(converted):
+    """The lowered form keeps them in another order."""
+    _, dyn, inputs = converted("mlp", split="cluster")
+    decisive(dyn)
+    fast = dc.lower(dyn, "eager")
+    x = inputs(3)
+    before = fast(*x)
+    with torch.no_grad():
+        dyn.get_parameter("3.weight").mul_(-1)
+    torch.testing.assert_close(fast(*x), dyn(*x), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(fast(*x), before)
 
 
 def test_compiled_segments(converted):
@@ -530,7 +588,7 @@ def test_compiled_segments(converted):
     for batch in (1, 7):
         x = inputs(batch)
         torch.testing.assert_close(fast(*x), dyn(*x), rtol=1e-4, atol=1e-5)
-    assert fast.last_run.keys() & {f"not neurons0.whole & neurons0.{g}" for g in range(4)}
+    assert 0 < fast.last_run["neurons0"] < 28
 
 
 def test_the_reference_compiles_in_both_modes(converted):
@@ -552,18 +610,17 @@ def test_top_k_picks_k(converted):
     decisive(dyn)
     for training in (False, True):
         trace = dyn.train(training).trace(*inputs(5))
-        picked = torch.stack([trace.decisions[f"neurons1.{g}"] for g in range(4)], -1).float()
-        assert picked.shape == (5, 6, 4)
+        assert trace.decisions["neurons1"].shape == (5, 24)
+        picked = trace.decisions["neurons1"].view(5, 6, 4).float()
         assert torch.equal(picked.sum(-1), torch.full((5, 6), 2.0))
         assert picked.mean((0, 1)).std() > 0
         torch.testing.assert_close(trace.cost, trace.cost[:1].expand(5))
-    scores = trace.probabilities["neurons1"]
-    assert scores.shape == (5, 6, 4)
     dyn.eval()
     trace = dyn.trace(*inputs(5))
-    picked = torch.stack([trace.decisions[f"neurons1.{g}"] for g in range(4)], -1)
-    best = trace.probabilities["neurons1"].topk(2).indices.sort(-1).values
-    certain = trace.probabilities["neurons1"].max(-1).values < 1
+    picked = trace.decisions["neurons1"].view(5, 6, 4)
+    scores = trace.probabilities["neurons1"].view(5, 6, 4)
+    best = scores.topk(2).indices.sort(-1).values
+    certain = scores.max(-1).values < 1
     assert torch.equal(picked.nonzero()[:, 2].view(5, 6, 2)[certain], best[certain])
 
 
@@ -595,8 +652,7 @@ def test_a_token_decides_for_itself(converted):
     changed = x.clone()
     changed[1, 2, 3] += 3.0
     before, after = (dyn.trace(t).probabilities["neurons0"] for t in (x, changed))
-    apart = (before != after).any(-1)
-    assert before.shape == (2, 12, 4)
+    apart = (before != after).view(2, 12, 4).any(-1)
     assert apart.nonzero().tolist() == [[1, 11]]
 
 

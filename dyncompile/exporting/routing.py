@@ -226,8 +226,8 @@ def finished(graph: ir.Graph, scope: Scope, knobs: Mapping[str, ir.Value]) -> ir
 
 
 def made_decisions(plan: Plan) -> dict[fx.Node, str]:
-    """The decisions that segments of a plan make, with their names; conjunctions, which are no choice, left out."""
-    found = {u.decision: u.name for u in plan.demand.units if "all_of" not in u.decision.meta}
+    """The decisions that segments of a plan make, with their names."""
+    found = {u.decision: u.name for u in plan.demand.units}
     for segment in plan.segments():
         names = {stands_in(node) for node in segment.nodes}
         found.update(

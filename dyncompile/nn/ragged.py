@@ -13,16 +13,19 @@ from dyncompile.capture.recurrent import KERNELS, RecurrentLayer
 CALL_FLOPS = 4e6
 """FLOPs that a kernel could do in the time that calling it takes: the order of magnitude on one CPU core."""
 
+MOVE_FLOPS = 70.0
+"""FLOPs that a kernel could do in the time that gathering a number, or adding it to another, takes on one CPU core."""
+
 
 @contextmanager
 def free_calls() -> Iterator[None]:
-    """Calls cost nothing while the context is open: no step that a sample skips is run to save one."""
-    global CALL_FLOPS  # noqa: PLW0603 - a constant of the machine, which counting takes out
-    before, CALL_FLOPS = CALL_FLOPS, 0.0
+    """Calls and moves cost nothing while the context is open: nothing that a sample skips is run to save one."""
+    global CALL_FLOPS, MOVE_FLOPS
+    before, (CALL_FLOPS, MOVE_FLOPS) = (CALL_FLOPS, MOVE_FLOPS), (0.0, 0.0)
     try:
         yield
     finally:
-        CALL_FLOPS = before
+        CALL_FLOPS, MOVE_FLOPS = before
 
 
 def compacted(kept: Tensor, *, batch_first: bool, reverse: bool = False) -> "Alone | Ragged":

@@ -181,7 +181,7 @@ class LoweredModule(nn.Module):
             ):
                 # Inductor unrolls a recurrent layer step by step; torch's own kernel runs it whole. What does a share
                 # of a decision has a form of its own.
-                compiled[segment] = copy.deepcopy(module)
+                compiled[segment] = copy.deepcopy(module).forward
                 continue
             specs = [spec(n) for n in segment.inputs]
             inputs = [SegmentInput(batch_dim=s.batch_dim, rows=max(s.rows // segment.rows, 1)) for s in specs]

@@ -10,6 +10,9 @@ from torch import Tensor, fx, nn
 from dyncompile.nn import ragged
 from dyncompile.nn.channelwise import Results
 
+_FEW = 150
+"""Rows below which it takes time to read the matrix that they are multiplied with, least where that lies together."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NeuronLayout:
@@ -29,17 +32,22 @@ class NeuronLayout:
         """As `[R, P, D]`: P positions of each of R rows."""
         if self.by_token:
             return x.reshape(-1, 1, x.shape[-1])
-        x = x.movedim((self.batch_dim, self.channel_dim), (0, -1))
+        if not self._ends(x):
+            x = x.movedim((self.batch_dim, self.channel_dim), (0, -1))
         return x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
 
     def restored(self, rows: Tensor, x: Tensor) -> Tensor:
         """`[R, P, E]` in the shape, and the order in memory, that the layer gives for x."""
-        if self.by_token:
+        if self.by_token or self._ends(x):
             return rows.reshape(*x.shape[:-1], rows.shape[-1])
         ends = (self.batch_dim, self.channel_dim), (0, -1)
         y = rows.reshape(*x.movedim(*ends).shape[:-1], rows.shape[-1]).movedim(*ends[::-1])
         last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
         return y.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+    def _ends(self, x: Tensor) -> bool:
+        """Whether rows come first and channels last anyway."""
+        return self.batch_dim == 0 and self.channel_dim == x.dim() - 1
 
 
 class NeuronMask(nn.Module):
@@ -70,17 +78,28 @@ class NeuronMask(nn.Module):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NeuronWeights:
-    """The parameters of a feed-forward layer, neurons in the order of their groups.
+    """The parameters of some neurons of a feed-forward layer.
 
     Attributes:
-        firsts: For each first projection its weight `[H, D]` and its bias `[H]` or None.
-        second: `[H, E]`.
+        firsts: For each first projection its weight `[D, h]` and its bias `[h]` or None.
+        second: `[h, E]`.
         bias: Of the second projection, `[E]` or None.
     """
 
     firsts: Sequence[tuple[Tensor, Tensor | None]]
     second: Tensor
     bias: Tensor | None
+
+    def part(self, start: int, stop: int) -> "NeuronWeights":
+        """Those of consecutive neurons."""
+        own = slice(start, stop)
+        firsts = [(weight[:, own], None if bias is None else bias[own]) for weight, bias in self.firsts]
+        return NeuronWeights(firsts=firsts, second=self.second[own], bias=self.bias)
+
+    def contiguous(self) -> "NeuronWeights":
+        """The same, each row of a matrix behind the one before."""
+        firsts = [(weight.contiguous(), bias) for weight, bias in self.firsts]
+        return NeuronWeights(firsts=firsts, second=self.second.contiguous(), bias=self.bias)
 
 
 class GatedNeurons(nn.Module):
@@ -127,69 +146,55 @@ class GatedNeurons(nn.Module):
         if self.training and static is not None:
             return static
         opened = decision.view(-1, self.groups)
-        every = [(0, self.groups)]
-        found = self.together(self.layout.matrix(x), opened, every, self.arranged(weights), masked=True)
+        rows = self.layout.matrix(x)
+        mask = opened.repeat_interleave(self.size, 1).unsqueeze(1)
+        found = self.together(rows, [self.arranged(weights)], mask)
         if static is not None:
             found = torch.where(opened.all(1).view(-1, 1, 1), self.layout.matrix(static[0]), found)
         return (self.layout.restored(found, x),)
 
     def arranged(self, weights: Sequence[Tensor]) -> NeuronWeights:
-        """The parameters, of which `forward` takes one after the other."""
+        """The parameters, of which `forward` takes one after the other, neurons in the order of their groups."""
         given = iter(weights)
-        found: list[tuple[Tensor, Tensor | None]] = []
-        for i, (biased, transposed) in enumerate(zip(self.biased, self.transposed, strict=True)):
+        firsts: list[tuple[Tensor, Tensor | None]] = []
+        for biased, transposed in zip(self.biased, self.transposed, strict=True):
             weight = next(given)
-            weight = weight.t() if transposed else weight.flatten(1)
-            bias = next(given) if biased else None
-            if i == len(self.biased) - 1:
-                return NeuronWeights(firsts=found, second=self._ordered(weight.t()), bias=bias)
-            found.append((self._ordered(weight), None if bias is None else self._ordered(bias)))
-        raise AssertionError
+            firsts.append((weight if transposed else weight.flatten(1).t(), next(given) if biased else None))
+        second, bias = firsts.pop()
+        if self.order is not None:
+            order = self.order
+            firsts = [(w.index_select(1, order), None if b is None else b.index_select(0, order)) for w, b in firsts]
+            second = second.index_select(0, order)
+        return NeuronWeights(firsts=firsts, second=second, bias=bias)
 
-    def _ordered(self, entries: Tensor) -> Tensor:
-        return entries if self.order is None else entries.index_select(0, self.order)
-
-    def neurons(self, rows: Tensor, start: int, stop: int, weights: NeuronWeights) -> Tensor:
-        """The activations of consecutive groups, from rows `[M, D]`: `[M, h]`."""
-        own = slice(start * self.size, stop * self.size)
-        made = (
-            rows @ weight[own].t() if bias is None else torch.addmm(bias[own], rows, weight[own].t())
-            for weight, bias in weights.firsts
-        )
+    def neurons(self, rows: Tensor, parts: Sequence[NeuronWeights]) -> Tensor:
+        """The activations of some neurons, from rows `[M, D]`: `[M, h]`."""
+        made = []
+        for i in range(len(self.biased) - 1):
+            pairs = (part.firsts[i] for part in parts)
+            values = [rows @ weight if bias is None else torch.addmm(bias, rows, weight) for weight, bias in pairs]
+            made.append(values[0] if len(values) == 1 else torch.cat(values, 1))
         return self.act(*made)  # type: ignore[no-any-return]
 
-    def together(
-        self,
-        rows: Tensor,
-        opened: Tensor,
-        runs: Sequence[tuple[int, int]],
-        weights: NeuronWeights,
-        *,
-        masked: bool,
-    ) -> Tensor:
-        """All rows on all groups of some runs of neighbours.
+    def together(self, rows: Tensor, parts: Sequence[NeuronWeights], mask: Tensor | None) -> Tensor:
+        """All rows on some neurons.
 
         Args:
             rows: `[R, P, D]`.
-            opened: `[R, G]`.
-            runs: The first group of each, and the one after the last.
-            weights: In the order of the groups.
-            masked: Whether some row does not open all of these groups; its neurons are set to nought there.
+            parts: One or more parts of the neurons.
+            mask: `[R, 1, h]`, where a row does not read all of them.
 
         Returns:
             `[R, P, E]`.
         """
-        flat = rows.flatten(0, 1)
-        found = weights.bias
-        for start, stop in runs:
-            hidden = self.neurons(flat, start, stop, weights)
-            if masked:
-                mask = opened[:, start:stop].repeat_interleave(self.size, 1).unsqueeze(1)
-                hidden = hidden.view(*rows.shape[:2], -1).where(mask, 0).flatten(0, 1)
-            part = weights.second[start * self.size : stop * self.size]
-            found = hidden @ part if found is None else torch.addmm(found, hidden, part)
-        if found is None or not runs:
-            found = _constant(found, flat, weights.second)
+        hidden = self.neurons(rows.flatten(0, 1), parts)
+        if mask is not None:
+            hidden = hidden.view(*rows.shape[:2], -1).where(mask, 0).flatten(0, 1)
+        found = parts[0].bias
+        hiddens = hidden.split([part.second.shape[0] for part in parts], 1) if len(parts) > 1 else [hidden]
+        for own, part in zip(hiddens, parts, strict=True):
+            found = own @ part.second if found is None else torch.addmm(found, own, part.second)
+        assert found is not None
         return found.view(*rows.shape[:2], -1)
 
     def lowered(self) -> "GatheredNeurons":
@@ -211,7 +216,7 @@ class GatheredNeurons(nn.Module):
         super().__init__()
         self.dense = dense
         self.kernels = len(dense.biased) + 2 + sum(node.op.startswith("call") for node in dense.act.graph.nodes)
-        self._kept: tuple[object, NeuronWeights] | None = None
+        self._kept: tuple[object, _Parts] | None = None
         self.eval()
 
     def forward(self, static: None, decision: Tensor, x: Tensor, *weights: Tensor) -> Results:  # noqa: ARG002 - as in the dense form
@@ -219,60 +224,90 @@ class GatheredNeurons(nn.Module):
         dense = self.dense
         opened = decision.view(-1, dense.groups)
         rows = dense.layout.matrix(x)
+        parts = self._parts(weights)
         if torch.compiler.is_exporting():
-            picked = [opened[:, g].nonzero().view(-1) for g in range(dense.groups)]
-            return (dense.layout.restored(self._apart(rows, picked, dense.arranged(weights)), x),)
-        own = self._arranged(weights)
-        counts = opened.sum(0).tolist()
-        if self._together(rows, counts, own):
-            masked = any(0 < count < len(rows) for count in counts)
-            found = dense.together(rows, opened, list(_runs(counts)), own, masked=masked)
+            groups = [(g, opened[:, g].nonzero().view(-1)) for g in range(dense.groups)]
+            return (dense.layout.restored(self._apart(rows, groups, parts), x),)
+        counts: list[int] = decision.tolist() if len(opened) == 1 else opened.sum(0).tolist()
+        used = [g for g, count in enumerate(counts) if count]
+        if self._pays(rows, counts, parts.whole):
+            picked = opened.t().nonzero()[:, 1].split([counts[g] for g in used])
+            found = self._apart(rows, list(zip(used, picked, strict=True)), parts)
+        elif used:
+            mask = None
+            if sum(counts) < len(used) * len(rows):
+                mask = opened[:, used].repeat_interleave(dense.size, 1).unsqueeze(1)
+            found = dense.together(rows, parts.of(used, few=rows.shape[0] * rows.shape[1] < _FEW), mask)
         else:
-            found = self._apart(rows, opened.t().nonzero()[:, 1].split(counts), own)
+            found = _constant(rows, parts.whole)
         return (dense.layout.restored(found, x),)
 
-    def _together(self, rows: Tensor, counts: list[int], weights: NeuronWeights) -> bool:
-        """Whether to run all rows together."""
+    def _pays(self, rows: Tensor, counts: list[int], whole: NeuronWeights) -> bool:
+        """Whether groups apart take less time."""
+        samples, positions, channels = rows.shape
         used = sum(count > 0 for count in counts)
-        ends = rows.shape[2] + weights.second.shape[1]
-        neurons = 2 * self.dense.size * (len(weights.firsts) * rows.shape[2] + weights.second.shape[1])
-        calls = used * self.kernels * ragged.CALL_FLOPS
-        apart = rows.shape[1] * sum(counts) * (neurons + ends * ragged.MOVE_FLOPS) + calls
-        return bool(rows.shape[1] * len(rows) * used * neurons <= apart)
+        if sum(counts) == used * samples:
+            return False
+        made = whole.second.shape[1]
+        flops = 2 * self.dense.size * (len(whole.firsts) * channels + made)
+        apart = positions * sum(counts) * (flops + (channels + made) * ragged.MOVE_FLOPS)
+        return bool(apart + used * self.kernels * ragged.CALL_FLOPS < positions * samples * used * flops)
 
-    def _apart(self, rows: Tensor, picked: Sequence[Tensor], weights: NeuronWeights) -> Tensor:
-        """Each group on its own rows `[r]`."""
-        found = _constant(weights.bias, rows.flatten(0, 1), weights.second).view(*rows.shape[:2], -1)
-        for g, own in enumerate(picked):
-            if torch.compiler.is_exporting() or len(own):
-                hidden = self.dense.neurons(rows.index_select(0, own).flatten(0, 1), g, g + 1, weights)
-                part = hidden @ weights.second[g * self.dense.size : (g + 1) * self.dense.size]
-                found = found.index_add_(0, own, part.view(-1, *found.shape[1:]))
+    def _apart(self, rows: Tensor, groups: Sequence[tuple[int, Tensor]], parts: "_Parts") -> Tensor:
+        """Groups, each on its own rows `[r]`."""
+        found = _constant(rows, parts.whole)
+        few = rows.shape[1] * sum(own.shape[0] for _, own in groups) < _FEW * len(groups)
+        for g, own in groups:
+            (part,) = parts.of([g], few=few and not torch.compiler.is_exporting())
+            hidden = self.dense.neurons(rows.index_select(0, own).flatten(0, 1), [part])
+            found = found.index_add_(0, own, (hidden @ part.second).view(-1, *found.shape[1:]))
         return found
 
-    def _arranged(self, weights: Sequence[Tensor]) -> NeuronWeights:
-        """The parameters as they are read fastest, made again when they change."""
-        if any(weight.is_inference() for weight in weights):  # nobody can tell whether these change
-            return self.dense.arranged(weights)
+    def _parts(self, weights: Sequence[Tensor]) -> "_Parts":
+        """The parameters, arranged again when they change."""
+        if torch.compiler.is_exporting() or any(weight.is_inference() for weight in weights):
+            return _Parts(self.dense.arranged(weights), self.dense.size)  # nobody could tell whether they change
         key = tuple((weight.data_ptr(), weight._version) for weight in weights)
         if self._kept is None or self._kept[0] != key:
-            found = self.dense.arranged([weight.detach() for weight in weights])
-            self._kept = (key, dataclasses.replace(found, second=found.second.contiguous()))
+            self._kept = key, _Parts(self.dense.arranged([weight.detach() for weight in weights]), self.dense.size)
         return self._kept[1]
 
 
-def _constant(bias: Tensor | None, rows: Tensor, second: Tensor) -> Tensor:
-    """What a layer of no neurons gives for rows `[M, D]`: `[M, E]`."""
-    if bias is None:
-        return rows.new_zeros(rows.shape[0], second.shape[1])
-    return bias.expand(rows.shape[0], -1).clone(memory_format=torch.contiguous_format)
+class _Parts:
+    """Groups, cut out of the parameters when first asked for.
+
+    Args:
+        whole: Neurons in the order of their groups.
+        size: Of a group.
+    """
+
+    def __init__(self, whole: NeuronWeights, size: int) -> None:
+        self.whole, self.size = whole, size
+        self.found: dict[tuple[int, int, bool], NeuronWeights] = {}
+
+    def of(self, groups: Sequence[int], *, few: bool) -> list[NeuronWeights]:
+        """Some groups, as they are read fastest for few rows or for many: each copied together, or runs as they lie."""
+        return [self._cut(start, stop, few) for start, stop in (((g, g + 1) for g in groups) if few else _runs(groups))]
+
+    def _cut(self, start: int, stop: int, few: bool) -> NeuronWeights:
+        key = start, stop, few
+        if key not in self.found:
+            part = self.whole.part(start * self.size, stop * self.size)
+            self.found[key] = part.contiguous() if few else part
+        return self.found[key]
 
 
-def _runs(counts: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Where numbers above nought follow each other: start and stop of each run."""
-    start = 0
-    for used, members in itertools.groupby(counts, bool):
-        stop = start + len(list(members))
-        if used:
-            yield start, stop
-        start = stop
+def _constant(rows: Tensor, weights: NeuronWeights) -> Tensor:
+    """What a layer of no neurons gives for rows `[R, P, D]`: `[R, P, E]`."""
+    if weights.bias is None:
+        return rows.new_zeros(*rows.shape[:2], weights.second.shape[1])
+    return weights.bias.expand(*rows.shape[:2], -1).clone(memory_format=torch.contiguous_format)
+
+
+def _runs(groups: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Where ascending numbers follow each other: start and stop of each run."""
+    start = groups[0]
+    for before, after in itertools.pairwise((*groups, -1)):
+        if after != before + 1:
+            yield start, before + 1
+            start = after

@@ -170,9 +170,22 @@ def tested(dyn: dc.DynamicModule, inputs: Tensor, labels: Tensor) -> dict[str, o
         trace = dyn.trace(x)
         hits += int((trace.output.argmax(1) == y).sum())
         cost += float(trace.cost.sum())
-        for name, rate in activation_rates(trace).items():
-            rates[name] = rates.get(name, 0.0) + float(rate) * len(y) / len(labels)
+        for name, rate in _rates(dyn, trace).items():
+            rates[name] = rates.get(name, 0.0) + rate * len(y) / len(labels)
     return {"accuracy": hits / len(labels), "cost": cost / len(labels), "rates": rates}
+
+
+def _rates(dyn: dc.DynamicModule, trace: dc.Trace) -> dict[str, float]:
+    """How often each gate is open; of one that decides about groups of neurons or channels, each of these."""
+    found: dict[str, float] = {}
+    for name, rate in activation_rates(trace).items():
+        parts = dyn.gates[trace.owners[name]].get_parameter("shift").numel()
+        if parts == 1 or trace.decisions[name].dim() == 1 or name in trace.routes:
+            found[name] = float(rate)
+            continue
+        columns = trace.decisions[name].view(-1, parts).float().mean(0).tolist()
+        found.update({f"{name}.{part}": column for part, column in enumerate(columns)})
+    return found
 
 
 def summarise(report: Report, strategy: str, target: float, reference: float, found: list[dict]) -> None:  # type: ignore[type-arg]

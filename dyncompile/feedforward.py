@@ -13,17 +13,10 @@ from torch import nn
 from torch.fx import Node
 
 from dyncompile.capture import modes
-from dyncompile.capture.check import undisturbed
 from dyncompile.demand import stands_in
 from dyncompile.errors import ArgumentError
 from dyncompile.graph import Graph, is_tensor, spec
-
-_aten = torch.ops.aten
-_POINTS: dict[type[nn.Module], torch._ops.OpOverload] = {
-    nn.Conv1d: _aten.conv1d.default,
-    nn.Conv2d: _aten.conv2d.default,
-    nn.Conv3d: _aten.conv3d.default,
-}
+from dyncompile.kinds import CONVOLUTIONS, LINEARS, POINTWISE, kind_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,13 +25,11 @@ class Projection:
 
     Attributes:
         module: The layer.
-        op: What computes it from x, a weight of the shape that the operation wants, and a bias.
         channel_dim: Where x and the outputs have their channels; 1, or -1.
         transposed: The parameter lies as `[D, H]`; else as `[H, D, ...]`.
     """
 
     module: nn.Module
-    op: torch._ops.OpOverload
     channel_dim: int
     transposed: bool = False
 
@@ -128,7 +119,7 @@ def feed_forward(graph: Graph, second: Node) -> FeedForward | None:
         projections=projections,
     )
     for node, made in projections.items():
-        if not _plain(made.module):
+        if not _plain(made):
             raise _no(node, "a weight that is computed, or hooks")
         if node.args[0] is not found.source and node is not second:
             raise _no(node, f"another input than `{found.firsts[0]}` has")
@@ -193,13 +184,12 @@ def projection(graph: Graph, node: Node) -> Projection | None:
     """How a node's module projects; None if it is no projection."""
     module = graph.module_of(node)
     if isinstance(module, nn.Linear):
-        return Projection(module=module, op=_aten.linear.default, channel_dim=-1)
+        return Projection(module=module, channel_dim=-1)
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        op = next(op for kind, op in _POINTS.items() if isinstance(module, kind))
         batched = is_tensor(node) and len(spec(node).shape) == len(module.kernel_size) + 2
-        return Projection(module=module, op=op, channel_dim=1) if batched and _looks_at_one_position(module) else None
+        return Projection(module=module, channel_dim=1) if batched and _looks_at_one_position(module) else None
     if module is not None and len(node.all_input_nodes) == 1 and _multiplies(module):
-        return Projection(module=module, op=_aten.linear.default, channel_dim=-1, transposed=True)
+        return Projection(module=module, channel_dim=-1, transposed=True)
     return None
 
 
@@ -234,14 +224,12 @@ def _multiplies(module: nn.Module) -> bool:
         return isinstance(y, torch.Tensor) and y.shape == expected.shape and torch.allclose(y, expected, atol=rounding)
 
 
-def _plain(module: nn.Module) -> bool:
+def _plain(made: Projection) -> bool:
     """A projection that computes what its parameters say, and nothing else."""
-    kinds: tuple[type[nn.Module], ...] = (nn.Linear, *_POINTS)
-    return (
-        module._parameters.get("weight") is not None
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and all(type(module).forward is kind.forward for kind in kinds if isinstance(module, kind))
-    )
+    module = made.module
+    own = made.transposed or kind_of(module) in (*CONVOLUTIONS, *LINEARS)
+    hooked = bool(module._forward_hooks or module._forward_pre_hooks)
+    return module._parameters.get("weight") is not None and own and not hooked
 
 
 def _acts_alone(graph: Graph, node: Node) -> bool:
@@ -251,21 +239,4 @@ def _acts_alone(graph: Graph, node: Node) -> bool:
     if isinstance(node.target, torch._ops.OpOverload):
         return torch.Tag.pointwise in node.target.tags
     module = graph.module_of(node)
-    return module is not None and len(node.args) == 1 and _pointwise(module)
-
-
-def _pointwise(module: nn.Module) -> bool:
-    """Tried out: a layer without state whose output for some entries is that for these entries alone."""
-    if any(True for _ in (*module.parameters(), *module.buffers())):
-        return False
-    few = [4, 1, 2]
-    with undisturbed(module), torch.no_grad():
-        module.eval()
-        x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
-        try:
-            y, part, row = module(x), module(x[:, few]), module(x[1:2])
-        except Exception:  # noqa: BLE001 - whatever a layer raises that wants another shape
-            return False
-    if not isinstance(y, torch.Tensor) or y.shape != x.shape:
-        return False
-    return torch.allclose(y[:, few], part) and torch.allclose(y[1:2], row)
+    return len(node.args) == 1 and kind_of(module) in POINTWISE

@@ -34,7 +34,7 @@ from benchmarks.cases import torchvision
 from benchmarks.harness import Report, Table, Target
 from dyncompile.demo.datasets import Images, load
 from dyncompile.demo.models import ResNet, VisionTransformer
-from dyncompile.demo.train import Augmented, Schedule, accuracy, train
+from dyncompile.demo.train import Augmented, Schedule, accuracy, multiplies_in_bfloat16, train
 from dyncompile.drafts import drafted
 from dyncompile.training.gating import activation_rates
 
@@ -95,7 +95,9 @@ def static_model(images: Images, options: argparse.Namespace) -> nn.Module:
     path = options.cache / f"{_named(options)}.safetensors"
     torch.manual_seed(0)
     channels, size = images.shape[0], images.shape[-1]
-    schedule = Schedule(epochs=options.static_epochs, batch_size=128, learning_rate=0.1, autocast=_bfloat16())
+    schedule = Schedule(
+        epochs=options.static_epochs, batch_size=128, learning_rate=0.1, autocast=multiplies_in_bfloat16()
+    )
     if options.model == "vit":
         sizes = {"patch": options.patch, "width": options.width}
         model: nn.Module = VisionTransformer(size, classes=len(images.classes), in_channels=channels, **sizes)
@@ -149,7 +151,7 @@ def _finetuned(
         images.calibration,
         lr=options.lr,
         batch_size=128,
-        precision="bf16-mixed" if _bfloat16() and options.model != "vit" else "32-true",
+        precision="bf16-mixed" if multiplies_in_bfloat16() and options.model != "vit" else "32-true",
         directory=options.cache / named,
         resume=True,
         seed=seed,
@@ -217,11 +219,6 @@ def summarise(report: Report, strategy: str, target: float, reference: float, fo
 def _shortened(images: Images, samples: int) -> Images:
     kept = TensorDataset(*(tensor[:samples] for tensor in images.train.tensors))
     return dataclasses.replace(images, train=kept)
-
-
-def _bfloat16() -> bool:
-    """Whether the processor multiplies in bfloat16."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from dyncompile.data import find_device
 from dyncompile.demo.datasets import Images, load
 from dyncompile.demo.measure import fastest, has_compiler, take_turns
 from dyncompile.demo.models import ResNet
-from dyncompile.demo.train import Augmented, Schedule, accuracy, train
+from dyncompile.demo.train import Augmented, Schedule, accuracy, multiplies_in_bfloat16, train
 from dyncompile.drafts import drafted
 from dyncompile.errors import ArgumentError
 from dyncompile.values import whole
@@ -211,8 +211,7 @@ def _static(settings: Settings, images: Images, depth: int, width: int, console:
 
 def _autocast(images: Images) -> bool:
     """Whether to multiply in bfloat16: where that is worth it, and the processor can."""
-    can: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return can and len(images.train) >= FEW
+    return multiplies_in_bfloat16() and len(images.train) >= FEW
 
 
 def _resnet(images: Images, depth: int, width: int) -> ResNet:

@@ -13,6 +13,11 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from dyncompile.demo.datasets import Images
 
 
+def multiplies_in_bfloat16() -> bool:
+    """Whether the processor has instructions for it; torch computes in bfloat16 on any other too, at half the speed."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """How a static model is trained: under a one-cycle learning rate.

@@ -5,18 +5,18 @@ import copy
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from dyncompile.capture.check import same
-from dyncompile.capture.recurrent import RecurrentLayer
-from dyncompile.demand import specialise, stands_in
+from dyncompile.demand import specialise
 from dyncompile.errors import ArgumentError, LoweringError
 from dyncompile.graph import Spec, is_tensor, spec
 from dyncompile.lowering.absorbing import absorb_activations
+from dyncompile.lowering.compiling import compile_segments
 from dyncompile.lowering.measure import unprofitable
 from dyncompile.lowering.plan import Block, Conditional, Plan, Segment, make_plan, segment_module
 from dyncompile.lowering.program import write_program
@@ -107,7 +107,12 @@ class LoweredModule(nn.Module):
 
     def _take(self, plan: Plan) -> None:
         self.plan = plan
-        self._segments = self._compile()
+        modules = {segment: segment_module(segment, self.dynamic) for segment in plan.segments()}
+        if self.backend == "eager":
+            # Not the modules themselves: fx and torch would look for hooks and rewrite errors in every call.
+            self._segments: Segments = {segment: module.forward for segment, module in modules.items()}
+        else:
+            self._segments = compile_segments(modules, self.examples(), self.options)
         self._program, self.source = write_program(plan, self._segments, *self._checked())
         # For each leaf of the output its position among the values of the program, or -1 and what it always is.
         place = {node: i for i, node in enumerate(plan.root.outputs)}
@@ -162,37 +167,6 @@ class LoweredModule(nn.Module):
         _, confidence, _ = values[deciding]
         clear = (confidence - module.threshold).abs() > _CLEAR
         return torch.equal(value[clear], expected[clear])
-
-    def _compile(self) -> Segments:
-        dyn = self.dynamic
-        modules = {s: segment_module(s, dyn) for s in self.plan.segments()}
-        if self.backend == "eager":
-            # Not the modules themselves: fx and torch would look for hooks and rewrite errors in every call.
-            return {segment: module.forward for segment, module in modules.items()}
-        from dyncompile.lowering.inductor import CompiledSegment, SegmentInput, compile_segment
-        from dyncompile.lowering.sharing import structure
-
-        examples = self.examples()
-        compiled: dict[Segment, Callable[..., Sequence[Tensor]]] = {}
-        kinds: dict[Hashable, CompiledSegment] = {}
-        for segment, module in modules.items():
-            if any(
-                stands_in(n) or isinstance(dyn.graph.module_of(n), nn.RNNBase | RecurrentLayer) for n in segment.nodes
-            ):
-                # Inductor unrolls a recurrent layer step by step; torch's own kernel runs it whole. What does a share
-                # of a decision has a form of its own.
-                compiled[segment] = copy.deepcopy(module).forward
-                continue
-            specs = [spec(n) for n in segment.inputs]
-            inputs = [SegmentInput(batch_dim=s.batch_dim, rows=max(s.rows // segment.rows, 1)) for s in specs]
-            given = [examples[n] for n in segment.inputs]
-            alike = structure(module)
-            kind = (alike and alike[0], *inputs, *((t.shape, t.dtype, t.device, t.stride()) for t in given))
-            like = kinds.get(kind) if alike else None
-            found = compile_segment(module, given, inputs, like=like, **self.options)
-            kinds.setdefault(kind, found)
-            compiled[segment] = found
-        return compiled
 
     def examples(self, batch: int = 4) -> dict[fx.Node, Tensor]:
         """A value for every value that crosses a border of the plan, in the layout that it has.

@@ -216,8 +216,13 @@ class GatheredNeurons(nn.Module):
         super().__init__()
         self.dense = dense
         self.kernels = len(dense.biased) + 2 + sum(node.op.startswith("call") for node in dense.act.graph.nodes)
-        self._kept: tuple[object, _Parts] | None = None
+        self.frozen = False
+        self._kept: _Parts | None = None
         self.eval()
+
+    def freeze(self) -> None:
+        """From now on the weights are always the same: what is read faster in another layout is copied once."""
+        self.frozen = True
 
     def forward(self, static: None, decision: Tensor, x: Tensor, *weights: Tensor) -> Results:  # noqa: ARG002 - as in the dense form
         """Compute the layer; arguments as in `GatedNeurons.forward`, the decisions bool."""
@@ -237,7 +242,8 @@ class GatheredNeurons(nn.Module):
             mask = None
             if sum(counts) < len(used) * len(rows):
                 mask = opened[:, used].repeat_interleave(dense.size, 1).unsqueeze(1)
-            found = dense.together(rows, parts.of(used, few=rows.shape[0] * rows.shape[1] < _FEW), mask)
+            few = self.frozen and rows.shape[0] * rows.shape[1] < _FEW
+            found = dense.together(rows, parts.of(used, few=few), mask)
         else:
             found = _constant(rows, parts.whole)
         return (dense.layout.restored(found, x),)
@@ -256,21 +262,20 @@ class GatheredNeurons(nn.Module):
     def _apart(self, rows: Tensor, groups: Sequence[tuple[int, Tensor]], parts: "_Parts") -> Tensor:
         """Groups, each on its own rows `[r]`."""
         found = _constant(rows, parts.whole)
-        few = rows.shape[1] * sum(own.shape[0] for _, own in groups) < _FEW * len(groups)
+        few = self.frozen and rows.shape[1] * sum(own.shape[0] for _, own in groups) < _FEW * len(groups)
         for g, own in groups:
-            (part,) = parts.of([g], few=few and not torch.compiler.is_exporting())
+            (part,) = parts.of([g], few=few)
             hidden = self.dense.neurons(rows.index_select(0, own).flatten(0, 1), [part])
             found = found.index_add_(0, own, (hidden @ part.second).view(-1, *found.shape[1:]))
         return found
 
     def _parts(self, weights: Sequence[Tensor]) -> "_Parts":
-        """The parameters, arranged again when they change."""
-        if torch.compiler.is_exporting() or any(weight.is_inference() for weight in weights):
-            return _Parts(self.dense.arranged(weights), self.dense.size)  # nobody could tell whether they change
-        key = tuple((weight.data_ptr(), weight._version) for weight in weights)
-        if self._kept is None or self._kept[0] != key:
-            self._kept = key, _Parts(self.dense.arranged([weight.detach() for weight in weights]), self.dense.size)
-        return self._kept[1]
+        if self._kept is not None:
+            return self._kept
+        if not self.frozen:
+            return _Parts(self.dense.arranged(weights), self.dense.size)
+        self._kept = _Parts(self.dense.arranged([weight.detach() for weight in weights]), self.dense.size)
+        return self._kept
 
 
 class _Parts:

@@ -1,7 +1,6 @@
 """Channel gate: how many channels of a layer are computed is chosen per sample."""
 
 import dataclasses
-import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -20,6 +19,7 @@ from dyncompile.nn.topk import TopKGate
 from dyncompile.ops import SWITCH
 from dyncompile.passes.base import Pass, Refusal, Site
 from dyncompile.shapes import module_flops
+from dyncompile.standing import decide, stand_in
 
 aten = torch.ops.aten
 
@@ -261,15 +261,7 @@ class ChannelGate(Pass):
             gate = Gate(policy, estimator=estimator, decisions=group.parts)
         else:
             gate = TopKGate(policy, estimator=estimator, k=kept, decisions=group.parts)
-        picked, likely = graph.insert(f"gates.{name}", gate, self._inputs(graph, found.source), ("", ""))
-        call = graph.fx.call_function
-        with graph.fx.inserting_after(likely):
-            decision = call(aten.reshape.default, (picked, [-1]))
-        with graph.fx.inserting_after(decision):
-            probability = call(aten.reshape.default, (likely, [-1]))
-        decision.meta.update(owner=name, decision=name, tap=("decision", name))
-        probability.meta.update(owner=name, tap=("probability", name))
-
+        decision = decide(graph, name, gate, self._inputs(graph, found.source))
         body = Body(graph, found)
         scaled = flops_of(graph, found)
         module = GatedChannels(
@@ -280,22 +272,7 @@ class ChannelGate(Pass):
             flops=scaled,
         )
         self._mask(graph, name, found, decision)
-        graph.add_module(f"_modes.{name}", module)
-        users = {node: list(node.users) for node in found.exits}
-        with graph.fx.inserting_before(found.nodes[-1].next):
-            values = [v if isinstance(v, fx.Node) else graph.fx.get_attr(v) for v in body.values_read]
-            stand = graph.fx.create_node("call_module", f"_modes.{name}", (found.exits, decision, *values))
-            parts = [call(operator.getitem, (stand, i)) for i in range(len(found.exits))]
-        for node, part in zip(found.exits, parts, strict=True):
-            part.meta["path"] = node.meta.get("path", ())
-            if node.meta.pop("final", False):
-                part.meta["final"] = True
-            for user in users[node]:
-                if user not in found.nodes:
-                    user.replace_input_with(node, part)
-        graph.invalidate()
-        graph.propagate()
-        stand.meta.update(stands_in=name, owner=name, share=scaled / graph.flops(stand))
+        stand_in(graph, name, module, found.nodes, found.exits, [decision, *body.values_read], flops=scaled)
 
     def _mask(self, graph: Graph, name: str, found: Region, decision: fx.Node) -> None:
         """In training, multiply the channels with their decisions where layers read them."""

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import math
-import operator
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -20,8 +19,7 @@ from dyncompile.nn.neurons import GatedNeurons, NeuronLayout, NeuronMask
 from dyncompile.nn.topk import TopKGate
 from dyncompile.passes.base import Pass, Refusal, Site, find
 from dyncompile.shapes import module_flops
-
-_aten = torch.ops.aten
+from dyncompile.standing import decide, stand_in
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,26 +184,18 @@ class NeuronGate(Pass):
         if layer is None:
             raise ArgumentError("sites", found=f"`{site.node}`", expected="the second layer of a feed-forward layer")
         groups: list[list[int]] = site.data.get("groups") or even_split(layer.neurons, self._count(layer))
-        call = graph.fx.call_function
-        read = self._reads(graph, layer)
-        flat = self._by_token(layer)
-        if flat:
+        read, flops = self._reads(graph, layer), sum(graph.flops(node) for node in layer.nodes)
+        if flat := self._by_token(layer):
             with graph.fx.inserting_after(layer.source):
-                read = [call(_aten.reshape.default, (layer.source, [-1, spec(layer.source).shape[-1]]))]
+                tokens = (layer.source, [-1, spec(layer.source).shape[-1]])
+                read = [graph.fx.call_function(torch.ops.aten.reshape.default, tokens)]
         gate = self._gate(self._policy(graph, layer, flat=flat), len(groups))
-        picked, likely = graph.insert(f"gates.{site.name}", gate, read, ("", ""))
-        with graph.fx.inserting_after(likely):
-            decision = call(_aten.reshape.default, (picked, [-1]))
-        with graph.fx.inserting_after(decision):
-            probability = call(_aten.reshape.default, (likely, [-1]))
-        decision.meta.update(owner=site.name, decision=site.name, tap=("decision", site.name))
-        probability.meta.update(owner=site.name, tap=("probability", site.name))
+        decision = decide(graph, site.name, gate, read)
 
         batch_dim = spec(layer.source).batch_dim or 0
         layout = NeuronLayout(batch_dim=batch_dim, channel_dim=layer.channel_dim, by_token=flat)
-        device = graph.inputs[0].device
         path = f"_modes.{site.name}_mask"
-        graph.add_module(path, NeuronMask(groups, layout).to(device))
+        graph.add_module(path, NeuronMask(groups, layout).to(graph.inputs[0].device))
         with graph.fx.inserting_before(layer.second):
             masked = graph.fx.create_node("call_module", path, (layer.hidden, decision))
         masked.meta["training_only"] = True
@@ -219,27 +209,13 @@ class NeuronGate(Pass):
             biased=[made.biased for made in projections.values()],
             transposed=[made.transposed for made in projections.values()],
         )
-        graph.add_module(f"_modes.{site.name}", module.to(device))
-        users = list(layer.second.users)
-        with graph.fx.inserting_before(layer.second.next):
-            weights = [
-                graph.fx.get_attr(f"{node.target}.{name}")
-                for node, made in projections.items()
-                for name in ("weight", "bias")[: 1 + made.biased]
-            ]
-            stand = graph.fx.create_node(
-                "call_module", f"_modes.{site.name}", ((layer.second,), decision, layer.source, *weights)
-            )
-            result = call(operator.getitem, (stand, 0))
-        for user in users:
-            user.replace_input_with(layer.second, result)
-        result.meta["path"] = layer.second.meta.get("path", ())
-        if layer.second.meta.pop("final", False):
-            result.meta["final"] = True
-        scaled = sum(graph.flops(node) for node in layer.nodes)
-        graph.invalidate()
-        graph.propagate()
-        stand.meta.update(stands_in=site.name, owner=site.name, share=scaled / graph.flops(stand))
+        weights = [
+            f"{node.target}.{name}"
+            for node, made in projections.items()
+            for name in ("weight", "bias")[: 1 + made.biased]
+        ]
+        read = [decision, layer.source]
+        stand_in(graph, site.name, module, layer.nodes, (layer.second,), [*read, *weights], flops=flops)
 
 
 def _activation(graph: Graph, layer: FeedForward) -> fx.GraphModule:

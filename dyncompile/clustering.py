@@ -4,8 +4,10 @@ import itertools
 import warnings
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.cluster.vq import kmeans2
-from scipy.optimize import linear_sum_assignment
+from scipy.optimize import linprog
+from scipy.sparse import coo_array
 from scipy.spatial.distance import cdist
 from torch import Tensor
 
@@ -32,10 +34,19 @@ def balanced_clusters(rows: Tensor, groups: int) -> list[list[int]]:
         # A cluster may come out empty; every group is filled below.
         warnings.simplefilter("ignore", UserWarning)
         centres, _ = kmeans2(points, groups, iter=_ITERATIONS, minit="++", seed=_SEED)
-    places = np.sort(np.arange(len(points)) % groups)
-    _, taken = linear_sum_assignment(cdist(points, centres, "sqeuclidean")[:, places])
-    found = [np.flatnonzero(places[taken] == g).tolist() for g in range(groups)]
-    return sorted(found)
+    sizes = np.bincount(np.arange(len(points)) % groups)
+    taken = _shared_out(cdist(points, centres, "sqeuclidean"), sizes)
+    return sorted(np.flatnonzero(taken == g).tolist() for g in range(groups))
+
+
+def _shared_out(costs: NDArray[np.float64], places: NDArray[np.intp]) -> NDArray[np.intp]:
+    """For each row a column, with so many rows to each, at the least sum of costs: a transport problem."""
+    rows, columns = costs.shape
+    cell = np.arange(costs.size)
+    ends = np.concatenate([cell // columns, rows + cell % columns])
+    taken = coo_array((np.ones(2 * costs.size), (ends, np.tile(cell, 2))), shape=(rows + columns, costs.size)).tocsr()
+    found = linprog(costs.ravel(), A_eq=taken, b_eq=np.concatenate([np.ones(rows), places]), method="highs-ds")
+    return found.x.reshape(costs.shape).argmax(1)  # type: ignore[no-any-return]
 
 
 def even_split(count: int, groups: int) -> list[list[int]]:

@@ -6,6 +6,7 @@ A projection is a linear layer, a convolution that looks at one position (ConvNe
 
 import copy
 import dataclasses
+import operator
 from collections.abc import Iterator
 
 import torch
@@ -17,6 +18,8 @@ from dyncompile.demand import stands_in
 from dyncompile.errors import ArgumentError
 from dyncompile.graph import Graph, is_tensor, spec
 from dyncompile.kinds import CONVOLUTIONS, LINEARS, POINTWISE, kind_of
+
+_CUTS = {operator.getitem, torch.ops.aten.slice.Tensor, torch.ops.aten.narrow.default}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,6 +160,8 @@ def _behind(graph: Graph, second: Node) -> tuple[list[Node], list[Node]]:
             raise _no(node, f"what `{gate}` decides about already")
         idle = idle_in_evaluation(graph, node)
         if not idle and not _acts_alone(graph, node):
+            if active and node.target in _CUTS:
+                raise _no(node, "a part of what one projection makes (packed as in `chunk(2, -1)`)")
             if active:
                 raise _no(node, "what does not act on each neuron alone")
             return [], []

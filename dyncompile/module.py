@@ -47,6 +47,8 @@ class Trace:
         owners: For each decision the exit or gate that makes it; "" for the user's own.
         routes: For each decision that is a route the number of its arms.
         within: For each decision about the steps of packed sequences the name of the one that says which are there.
+        parts: For each decision that holds one for each of K parts (groups of neurons, channels), next to each other in
+            the last dim, K.
     """
 
     output: Any
@@ -59,6 +61,7 @@ class Trace:
     owners: Mapping[str, str] = dataclasses.field(default_factory=dict)
     routes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     within: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    parts: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 class DynamicModule(nn.Module):
@@ -221,6 +224,7 @@ class DynamicModule(nn.Module):
             self._owners,
             self._routes,
             self._within,
+            decision_parts(self._graph.fx),
         )
 
     def _batched(self) -> int:
@@ -377,6 +381,11 @@ def decision_nodes(graph: fx.Graph) -> dict[str, fx.Node]:
 def decisions_within(graph: fx.Graph) -> dict[str, str]:
     """For each decision about the steps of packed sequences the model's own decision on which of them are there."""
     return {name: str(node.meta["real"]) for node in graph.nodes if (name := stands_in(node)) and "real" in node.meta}
+
+
+def decision_parts(graph: fx.Graph) -> dict[str, int]:
+    """The number of parts of each decision that holds one for each of several, by name."""
+    return {decision_name(node): int(node.meta["parts"]) for node in graph.nodes if "parts" in node.meta}
 
 
 def decision_routes(graph: fx.Graph) -> dict[str, int]:

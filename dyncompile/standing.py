@@ -31,7 +31,7 @@ def decide(graph: Graph, name: str, gate: Gate, inputs: Sequence[Node]) -> Node:
             flat.append(graph.fx.call_function(_aten.reshape.default, (part, [-1])))
         flat[-1].meta.update(owner=name, tap=(tap, name))
     decision = flat[1]
-    decision.meta["decision"] = name
+    decision.meta.update(decision=name, parts=gate.shift.shape[0])
     return decision
 
 

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
@@ -86,8 +86,9 @@ class NeuronGate(Pass):
             raise ArgumentError("top_k", found=repr(self.top_k), expected=f"None, or from 1 to {self.groups - 1}")
         if type(self.hidden) is not int or self.hidden < 1:
             raise ArgumentError("hidden", found=repr(self.hidden), expected="a width >= 1")
-        if not 0 <= self.min_share < 1:
-            raise ArgumentError("min_share", found=self.min_share, expected="a share in [0, 1)")
+        share: Any = self.min_share
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
+            raise ArgumentError("min_share", found=repr(share), expected="a share in [0, 1)")
         self._gate(nn.Identity(), self.groups)
 
     # --- where -----------------------------------------------------------------------------------

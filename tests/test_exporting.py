@@ -71,7 +71,7 @@ ONE_BY_ONE = ChannelGate(granularity="channel", worth=0.0, hidden=2)
 
 # Decisions about rows of a sample, samples along another dim, an agent that reads the state.
 MORE = {
-    "tokens": (*MODELS["text"], [NeuronGate(per="token", groups=2)], {}),
+    "tokens": (*MODELS["text"], [NeuronGate(per="token", groups=4, top_k=2)], {}),
     "frames": (Video, lambda n: (torch.randn(n, 5, 3, 8, 8),), [FrameSkip()], {}),
     "steps first": (StepsFirst, lambda n: (torch.randn(4, n, 8),), [LayerSkip()], {"batch_dims": {"x": 1}}),
     "state": (*MODELS["steps"], [FrameSkip(reads="state")], {}),

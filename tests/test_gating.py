@@ -1,5 +1,6 @@
 """Objectives of gates on traces made by hand, against formulas, priors and enumeration."""
 
+import dataclasses
 import itertools
 import math
 
@@ -470,3 +471,16 @@ def test_gates_that_have_seen_few_batches_standardise_in_evaluation(device):
     for _ in range(200):
         standardise.train()(0.01 * torch.randn(64, device=device))
     assert abs(float(standardise.mean)) < 0.01  # what was seen long ago is forgotten
+
+
+def test_each_part_of_a_gate_counts():
+    """Of a gate that decides about four groups two are dead and two always open."""
+    p = torch.tensor([0.999, 0.001, 0.999, 0.001]).expand(8, 4).clone().requires_grad_()
+    lively = torch.linspace(0.01, 0.99, 32).view(8, 4)
+    collapsed = dataclasses.replace(traced({"g": p}, {"g": p}, {"g": "g"}), parts={"g": 4})
+    healthy = dataclasses.replace(traced({"g": lively}, {"g": lively}, {"g": "g"}), parts={"g": 4})
+    labels = torch.zeros(8, dtype=torch.long)
+    for objective, least in ((MinimumUsage(), 2.0), (ActivationRate(target=0.5), 0.24), (BatchShaping(), 0.07)):
+        assert objective(collapsed, labels).item() > least > objective(healthy, labels).item()
+    MinimumUsage()(collapsed, labels).backward()
+    assert (p.grad != 0).any(0).all()

@@ -1,5 +1,7 @@
 """What a model with gated neurons computes and runs: densely, in training, lowered, with other passes."""
 
+import contextlib
+
 import pytest
 import torch
 from feedforward import VARIANT, Encoder, converter, decisive, mlp, moved, tokens, vectors
@@ -319,3 +321,54 @@ def test_the_last_layer_may_be_split_behind_an_exit(device):
     decisive(dyn)
     trace = dyn.trace(x)
     assert torch.equal(trace.final, trace.output)
+
+
+def test_an_empty_batch_passes(converted):
+    for kind, options in (("images", {}), ("images", {"per": "token"}), ("pixels", {}), ("gated", {})):
+        model, dyn, inputs = converted(kind, **options)
+        decisive(dyn)
+        (x,) = inputs(1)
+        expected = model(x[:0])
+        assert (
+            dyn(x[:0]).shape == dyn.trace(x[:0]).output.shape == dc.lower(dyn, "eager")(x[:0]).shape == expected.shape
+        )
+
+
+@pytest.mark.parametrize("batch", [2, 512])
+def test_autocast(batch, device):
+    model = nn.Sequential(nn.Linear(256, 1024), nn.ReLU(), nn.Linear(1024, 3)).to(device).eval()
+    x = torch.randn(batch, 256, device=device)
+    dyn = dc.dynamize(model, NeuronGate(hidden=2), example_inputs=x[:2])
+    dyn.gates["neurons0"].enabled.fill_(True)
+    fast = dc.lower(dyn, "eager")
+    mask = torch.rand(batch, 8, device=device) < 0.5
+    with forced(dyn, {"neurons0": mask}):
+        expected = dyn(x)
+    with torch.autocast(x.device.type, torch.bfloat16), forced(fast, {"neurons0": mask}), torch.no_grad():
+        torch.testing.assert_close(fast(x).float(), expected, rtol=0.05, atol=0.05)
+
+
+def test_what_is_no_number_stays_in_closed_groups(converted):
+    _, dyn, inputs = converted("mlp")
+    dyn.gates["neurons0"].enabled.fill_(True)
+    fast = dc.lower(dyn, "eager")
+    x = inputs(4)
+    mask = torch.zeros(4, 4, dtype=torch.bool, device=x[0].device)
+    mask[0, 1] = mask[:, 0] = True
+    with torch.no_grad():
+        dyn.get_parameter("0.weight")[10:20] = float("inf")  # the neurons of group 1, which only one sample opens
+        for calls in (contextlib.nullcontext(), free_calls()):
+            with forced(dyn, {"neurons0": mask}), forced(fast, {"neurons0": mask}), calls:
+                found, expected = fast(*x), dyn(*x)
+            assert expected[1:].isfinite().all()
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def test_of_equal_logits_the_first_groups_are_picked(converted):
+    _, dyn, inputs = converted("mlp", top_k=2)
+    gate = dyn.gates["neurons0"]
+    gate.enabled.fill_(True)
+    torch.nn.init.zeros_(gate.policy.outer.weight)
+    with torch.no_grad():
+        gate.shift.zero_()
+    assert dyn.trace(*inputs(3)).decisions["neurons0"].tolist() == 3 * [[True, True, False, False]]

@@ -10,6 +10,7 @@ import dyncompile as dc
 from dyncompile.calibration import calibrate
 from dyncompile.calibration.usage import Usage
 from dyncompile.errors import ArgumentError
+from dyncompile.passes.neuron_gate import NeuronGate
 from dyncompile.reporting import gate_heatmap, kept_frames, observe, skip_patterns
 from dyncompile.reporting.gates import patterns
 
@@ -120,3 +121,29 @@ def test_steps_that_frame_skip_keeps_are_calibrated_and_drawn(tmp_path):
     assert "Kept along sequences" in (tmp_path / "report.html").read_text(encoding="utf-8")
     kept_frames(result.evidence.usage).savefig(tmp_path / "frames.png")
     assert (tmp_path / "frames.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("per", ["sample", "token"])
+def test_groups_of_neurons_are_shown_one_by_one(per, tmp_path):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(6, 32), torch.nn.ReLU(), torch.nn.Linear(32, 6), torch.nn.Flatten(), torch.nn.Linear(24, 3)
+    )
+    dyn = dc.dynamize(model, NeuronGate(groups=4, hidden=2, per=per), example_inputs=torch.zeros(2, 4, 6)).eval()
+    gate = dyn.gates["neurons0"]
+    gate.enabled.fill_(True)
+    gate.offset.fill_(0.0)
+    x, y = torch.randn(60, 4, 6), torch.randint(0, 3, (60,))
+    usage = observe(dyn, (x, y))
+    names = [f"neurons0.{group}" for group in range(4)]
+    assert list(usage.ran) == names
+    assert usage.groups == {"neuron_gate": tuple(names)}
+    decided = dyn.trace(x).decisions["neurons0"].view(60, -1, 4).float().numpy()
+    for group, name in enumerate(names):
+        np.testing.assert_array_equal(usage.ran[name].reshape(60, -1), decided[:, :, group])
+    gate_heatmap(usage).savefig(tmp_path / "usage.png")
+    by_sample = per == "sample"
+    assert (skip_patterns(usage) is not None) == by_sample
+    assert (kept_frames(usage) is None) == by_sample  # four groups are not the four steps of the input
+    result = calibrate(dyn, (x, y), max_cost=0.95, progress=False)
+    assert set(result.gates[0].rates) == set(names)

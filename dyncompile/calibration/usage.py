@@ -13,10 +13,11 @@ from torch.utils._pytree import tree_leaves
 
 from dyncompile.cost import guard_probability
 from dyncompile.data import Inputs
-from dyncompile.module import DynamicModule, decision_owners, decision_routes, decisions_within
+from dyncompile.module import DynamicModule, decision_owners, decision_parts, decision_routes, decisions_within
 
 _SIDE = 96
 _EXAMPLES = 240
+_FEW_PARTS = 16
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,7 +28,8 @@ class Usage:
         ran: For each decision of a gate that is on, in order of execution: whether what it controls ran, `[M]`, or for
             each of a sample's r rows (frames, tokens) `[M, r]`. 0 or 1, or of a route with K arms k / (K - 1) for arm
             k. What lies behind an exit that the sample took, or in a block that another gate skipped, did not run. NaN
-            at the steps that a packed sequence does not have.
+            at the steps that a packed sequence does not have. Of a decision that holds one for each of a few parts,
+            `neurons0.0`, `neurons0.1`, ...; of more than 16, as of channels, the share of them that ran.
         groups: Decisions by the pass that inserted their gates.
         labels: Class of each sample, `[M]`; None where samples have not exactly one.
         examples: Inputs of some of the samples, by their index: an image `[C, H, W]`, a sequence `[T, D]` or a video
@@ -63,6 +65,7 @@ def work(
     left = {name: torch.from_numpy(leave == index) for index, name in enumerate(dyn.exits)}
     units = {unit.name: unit for region in dyn.cost_model(list(enabled)).regions for unit, _ in region.guard}
     routes, within = decision_routes(dyn.graph.fx), decisions_within(dyn.graph.fx)
+    parts = decision_parts(dyn.graph.fx)
     found = {}
     for name, value in made.items():
         if name not in units or ("real" in units[name].decision.meta and name not in within):
@@ -75,17 +78,24 @@ def work(
         ran = activation * reached
         if name in within:
             ran = ran.masked_fill(~made[within[name]].bool(), torch.nan)
-        found[name] = ran.numpy()
+        if name not in parts:
+            found[name] = ran.numpy()
+            continue
+        apart = ran.unflatten(1, (-1, parts[name]))
+        apart = apart.squeeze(1) if apart.shape[1] == 1 else apart  # of the sample as a whole
+        columns = apart.unbind(-1) if parts[name] <= _FEW_PARTS else [apart.mean(-1)]
+        named = [f"{name}.{part}" for part in range(len(columns))] if len(columns) > 1 else [name]
+        found.update((label, column.numpy()) for label, column in zip(named, columns, strict=True))
     return found
 
 
 def decisions_by_group(
     dyn: DynamicModule, groups: Mapping[str, Sequence[str]], names: Collection[str]
 ) -> dict[str, tuple[str, ...]]:
-    """Those of the decisions `names` that each group's gates make, in order of execution."""
+    """Those of the decisions (or their parts) `names` that each group's gates make, in order of execution."""
     owners = decision_owners(dyn.graph.fx)
     found = {
-        group: tuple(name for name, owner in owners.items() if owner in gates and name in names)
+        group: tuple(name for name in names if owners[name if name in owners else name.rpartition(".")[0]] in gates)
         for group, gates in groups.items()
     }
     return {group: made for group, made in found.items() if made}

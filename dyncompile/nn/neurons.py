@@ -10,6 +10,8 @@ from torch import Tensor, fx, nn
 from dyncompile.nn import ragged
 from dyncompile.nn.channelwise import Results
 
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 _FEW = 150
 """Rows below which it takes time to read the matrix that they are multiplied with, least where that lies together."""
 
@@ -189,13 +191,13 @@ class GatedNeurons(nn.Module):
         """
         hidden = self.neurons(rows.flatten(0, 1), parts)
         if mask is not None:
-            hidden = hidden.view(*rows.shape[:2], -1).where(mask, 0).flatten(0, 1)
+            hidden = _only(hidden.view(*rows.shape[:2], mask.shape[-1]), mask).flatten(0, 1)
         found = parts[0].bias
         hiddens = hidden.split([part.second.shape[0] for part in parts], 1) if len(parts) > 1 else [hidden]
         for own, part in zip(hiddens, parts, strict=True):
             found = own @ part.second if found is None else torch.addmm(found, own, part.second)
         assert found is not None
-        return found.view(*rows.shape[:2], -1)
+        return found.view(*rows.shape[:2], found.shape[-1])
 
     def lowered(self) -> "GatheredNeurons":
         """What runs in its place where groups are skipped for real."""
@@ -266,7 +268,8 @@ class GatheredNeurons(nn.Module):
         for g, own in groups:
             (part,) = parts.of([g], few=few)
             hidden = self.dense.neurons(rows.index_select(0, own).flatten(0, 1), [part])
-            found = found.index_add_(0, own, (hidden @ part.second).view(-1, *found.shape[1:]))
+            made = (hidden @ part.second).to(found.dtype)  # autocast may have lowered it
+            found = found.index_add_(0, own, made.view(own.shape[0], *found.shape[1:]))
         return found
 
     def _parts(self, weights: Sequence[Tensor]) -> "_Parts":
@@ -300,6 +303,14 @@ class _Parts:
             part = self.whole.part(start * self.size, stop * self.size)
             self.found[key] = part.contiguous() if few else part
         return self.found[key]
+
+
+def _only(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Nought where the mask is false, whatever is there: even what is not a number."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return hidden.where(mask, 0)
+    bits = _BITS[hidden.dtype.itemsize]  # takes an eighth of the time
+    return (hidden.view(bits) & mask.to(bits).neg()).view(hidden.dtype)
 
 
 def _constant(rows: Tensor, weights: NeuronWeights) -> Tensor:

@@ -36,8 +36,11 @@ class TopKGate(Gate):
 
     def _decide(self, logits: Tensor) -> Tensor:
         if not self.training:
-            chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, logits.topk(self.k, -1).indices, True)
-            return chosen | ~self.enabled
+            # Of equal ones the first, whatever runs this: which of them `topk` finds is up to the runtime.
+            least = logits.topk(self.k, -1).values[..., -1:]
+            above, level = logits > least, (logits == least).long()
+            room = self.k - above.long().sum(-1, keepdim=True)
+            return above | ((level > 0) & (level.cumsum(-1) <= room)) | ~self.enabled
         p = torch.softmax(logits, -1)
         return self._unless_open(logits, torch.ones_like(p) + (p - p.detach()), self._draw)
 

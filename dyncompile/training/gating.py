@@ -64,6 +64,11 @@ def there(trace: "Trace", name: str, values: Tensor) -> Tensor:
     return values[trace.decisions[trace.within[name]]] if name in trace.within else values
 
 
+def by_part(trace: "Trace", name: str, values: Tensor) -> Tensor:
+    """What there is of values of a decision as `[M, K]`: a column for each of its K parts, or one."""
+    return there(trace, name, values).reshape(-1, trace.parts.get(name, 1))
+
+
 def gate_probabilities(trace: "Trace") -> dict[str, Tensor]:
     """The probability behind each gate's decision: `[N]` or `[N, r]` that it is open, for a route `[..., K]`.
 
@@ -87,7 +92,8 @@ class ActivationRate(Objective):
     """Each gate is open as often as it is told: `weight * mean_g (rate_g - target_g)^2`.
 
     `rate_g` is the mean activation over the batch (ConvNet-AIG, arXiv 1711.11503, which sums over the gates; the mean
-    keeps the weight apart from their number). Of a route it is the expected relative level, k / (K - 1) for arm k.
+    keeps the weight apart from their number). Of a route it is the expected relative level, k / (K - 1) for arm k. Each
+    part of a gate that decides about several (groups of neurons, channels) counts for itself.
 
     Args:
         target: The rate, for all gates or by the names of decisions (those left out are free), in [0, 1]; or what
@@ -112,8 +118,8 @@ class ActivationRate(Objective):
         inputs: Inputs | None = None,  # noqa: ARG002
     ) -> dict[str, Tensor]:
         """See `Objective.parts`."""
-        rates = activation_rates(trace)
-        apart = [(rates[name] - target) ** 2 for name, target in _aimed(self.target, list(rates)).items()]
+        rates = {name: by_part(trace, name, activation(trace, name)).mean(0) for name in gate_decisions(trace)}
+        apart = [((rates[name] - target) ** 2).mean() for name, target in _aimed(self.target, list(rates)).items()]
         return {"sparsity/rate": self.weight * _mean(apart, trace)}
 
 
@@ -160,24 +166,24 @@ class BatchShaping(Objective):
         """See `Objective.parts`."""
         probabilities = gate_probabilities(trace)
         apart = []
-        for name, rate in self._means(trace, probabilities).items():
-            p = there(trace, name, probabilities[name])
+        for name, rates in self._means(trace, probabilities).items():
             # The prior of an aim at 1 would be a point.
-            bounded = min(max(rate, 0.01), 0.99)
+            bounded = [min(max(rate, 0.01), 0.99) for rate in rates]
             if name in trace.routes:
-                apart.append(self._distance(p.flatten(0, -2), arm_shares(trace.routes[name], bounded)))
+                p = there(trace, name, probabilities[name]).flatten(0, -2)
+                apart.append(self._distance(p, arm_shares(trace.routes[name], bounded[0])))
             else:
-                apart.append(self._distance(p.reshape(-1, 1), [bounded]))
+                apart.append(self._distance(by_part(trace, name, probabilities[name]), bounded))
         return {"sparsity/shape": self.weight * _mean(apart, trace)}
 
-    def _means(self, trace: "Trace", probabilities: dict[str, Tensor]) -> dict[str, float]:
+    def _means(self, trace: "Trace", probabilities: dict[str, Tensor]) -> dict[str, list[float]]:
+        """The means of the priors of each decision's parts."""
         if not isinstance(self.target, tuple):
-            return _aimed(self.target, list(probabilities))
+            aimed = _aimed(self.target, list(probabilities))
+            return {name: [rate] * trace.parts.get(name, 1) for name, rate in aimed.items()}
         low, high = self.target
-        own = {
-            n: float(_level(there(trace, n, p).detach(), n in trace.routes).mean()) for n, p in probabilities.items()
-        }
-        return {name: min(max(rate, low), high) for name, rate in own.items()}
+        levels = {n: _level(p.detach(), n in trace.routes) for n, p in probabilities.items()}
+        return {n: by_part(trace, n, p).mean(0).clamp(low, high).tolist() for n, p in levels.items()}
 
     def _distance(self, p: Tensor, means: list[float]) -> Tensor:
         """Of `[M, C]` probabilities to the priors of their columns, averaged."""
@@ -193,7 +199,7 @@ class BatchShaping(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class MinimumUsage(Objective):
-    """Every gate is open for some samples and closed for others: a guard that only binds at the ends.
+    """Every gate, or part that it decides about, is open for some samples and closed for others: binds at the ends.
 
     `weight * mean_g mean_k mean_{n in top} relu(log 0.6 - log p_k(n))`, where p_k is the probability of arm k of gate g
     (open, closed; the arms of a route) and top are the samples of the batch, a share of them, for which it is highest:
@@ -225,8 +231,11 @@ class MinimumUsage(Objective):
         """See `Objective.parts`."""
         short = []
         for name, all_rows in gate_probabilities(trace).items():
-            p = there(trace, name, all_rows)
-            arms = p.flatten(0, -2) if name in trace.routes else torch.stack([p, 1 - p], -1).flatten(0, -2)
+            if name in trace.routes:
+                arms = there(trace, name, all_rows).flatten(0, -2)
+            else:
+                p = by_part(trace, name, all_rows)
+                arms = torch.stack([p, 1 - p], -1)
             top = arms.topk(math.ceil(self.share * len(arms)), 0).values
             short.append((math.log(0.6) - top.clamp(min=1e-12).log()).relu().mean())
         return {"sparsity/usage": self.weight * _mean(short, trace)}

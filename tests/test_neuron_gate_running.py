@@ -10,12 +10,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dyncompile as dc
 from dyncompile.demand import specialise, stands_in
+from dyncompile.errors import ArgumentError
 from dyncompile.nn.neurons import GatedNeurons
 from dyncompile.nn.ragged import free_calls
 from dyncompile.passes.early_exit import EarlyExit
 from dyncompile.passes.layer_skip import LayerSkip
 from dyncompile.passes.neuron_gate import NeuronGate
 from dyncompile.testing import forced
+from dyncompile.training import GateSchedule
 
 
 @pytest.fixture
@@ -372,3 +374,13 @@ def test_of_equal_logits_the_first_groups_are_picked(converted):
     with torch.no_grad():
         gate.shift.zero_()
     assert dyn.trace(*inputs(3)).decisions["neurons0"].tolist() == 3 * [[True, True, False, False]]
+
+
+def test_a_target_cost_is_refused_where_nothing_can_reach_it(converted):
+    _, dyn, _ = converted("mlp", top_k=2)
+    with pytest.raises(
+        ArgumentError, match="every gate opens a fixed number of parts; expected None: a sample costs 0"
+    ):
+        GateSchedule(dyn, target_cost=0.6)
+    free = dc.dynamize(dyn.static(), [NeuronGate(hidden=2, top_k=2)], example_inputs=torch.randn(2, 12))
+    assert free.gates["neurons0"].share == 0.25

@@ -29,6 +29,11 @@ class TopKGate(Gate):
             raise ArgumentError("estimator", found="'reinforce'", expected="another one with top_k")
         self.k = k
 
+    @property
+    def share(self) -> float:
+        """K / D."""
+        return self.k / self.shift.shape[0]
+
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Decide: `[..., D]` with k ones a row; and how often k draws would take each, `[..., D]`, at most 1."""
         logits = self.settle(self.policy(*inputs))

@@ -16,6 +16,7 @@ from dyncompile.errors import ArgumentError
 from dyncompile.module import DynamicModule, decision_owners, decision_routes
 from dyncompile.nn import Gate
 from dyncompile.nn.estimators import Reinforce
+from dyncompile.nn.topk import TopKGate
 from dyncompile.training.gating import BatchShaping, MinimumUsage, arm_shares
 from dyncompile.training.objectives import Objective
 from dyncompile.training.policy import PolicyGradient, full_depth_cost
@@ -112,6 +113,9 @@ class GateSchedule:
         self._rates = np.linspace(0, 1, _STEPS)
         self._cost_at = _cost_at(dyn, self._costs, self._rates)
         least, full = float(self._cost_at[0]), float(self._cost_at[-1])
+        if full - least < 1e-6:
+            found = f"{target_cost}, where every gate opens a fixed number of parts"
+            raise ArgumentError("target_cost", found=found, expected=f"None: a sample costs {full:.3f} whatever it is")
         if not (least < self._goal and target_cost <= full):
             raise ArgumentError(
                 "target_cost",
@@ -252,7 +256,7 @@ def _costs(dyn: DynamicModule) -> CostModel:
 def _cost_at(
     dyn: DynamicModule, costs: CostModel, rates: "np.ndarray[tuple[int], np.dtype[np.float64]]"
 ) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
-    """Expected cost where every gate is open at the same rate."""
+    """Expected cost where every gate is open at the same rate, but for those that open a fixed number of parts."""
     routes = decision_routes(dyn.graph.fx)
     alike = torch.from_numpy(rates).float()
     decisions = {}
@@ -261,6 +265,9 @@ def _cost_at(
             decisions[name] = torch.zeros_like(alike)
         elif name in routes:
             decisions[name] = torch.tensor([arm_shares(routes[name], rate) for rate in rates.tolist()])
+        elif owner in dyn.gates:
+            gate = dyn.gates[owner]
+            decisions[name] = torch.full_like(alike, gate.share) if isinstance(gate, TopKGate) else alike
         else:
-            decisions[name] = alike if owner in dyn.gates else torch.ones_like(alike)
+            decisions[name] = torch.ones_like(alike)
     return costs.expected(decisions).double().numpy()

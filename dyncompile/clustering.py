@@ -6,8 +6,6 @@ import warnings
 import numpy as np
 from numpy.typing import NDArray
 from scipy.cluster.vq import kmeans2
-from scipy.optimize import linprog
-from scipy.sparse import coo_array
 from scipy.spatial.distance import cdist
 from torch import Tensor
 
@@ -40,13 +38,35 @@ def balanced_clusters(rows: Tensor, groups: int) -> list[list[int]]:
 
 
 def _shared_out(costs: NDArray[np.float64], places: NDArray[np.intp]) -> NDArray[np.intp]:
-    """For each row a column, with so many rows to each, at the least sum of costs: a transport problem."""
-    rows, columns = costs.shape
-    cell = np.arange(costs.size)
-    ends = np.concatenate([cell // columns, rows + cell % columns])
-    taken = coo_array((np.ones(2 * costs.size), (ends, np.tile(cell, 2))), shape=(rows + columns, costs.size)).tocsr()
-    found = linprog(costs.ravel(), A_eq=taken, b_eq=np.concatenate([np.ones(rows), places]), method="highs-ds")
-    return found.x.reshape(costs.shape).argmax(1)  # type: ignore[no-any-return]
+    """For each row a column, with so many rows to each, at the least sum of costs.
+
+    Every row starts where it costs least; then one row after the other goes from a column that has too many to one that
+    has too few, by way of others where that is cheaper: a flow of least cost by successive shortest paths (Ahuja,
+    Magnanti, Orlin 1993, section 9.7), among so few columns a tenth of the time of an assignment to single places.
+    """
+    rows, columns = np.arange(len(costs)), np.arange(len(places))
+    taken: NDArray[np.intp] = costs.argmin(1)
+    count = np.bincount(taken, minlength=len(places))
+    while (count > places).any():
+        moves = costs - costs[rows, taken][:, None]
+        step = np.full((len(places), len(places)), np.inf)
+        mover = np.zeros(step.shape, dtype=np.intp)
+        for column in np.unique(taken):
+            members = np.flatnonzero(taken == column)
+            mover[column] = members[moves[members].argmin(0)]
+            step[column] = moves[mover[column], columns]
+        path, before = np.where(count > places, 0.0, np.inf), np.full(len(places), -1)
+        for _ in columns:
+            through = path[:, None] + step
+            nearer = through.min(0) < path - 1e-12
+            before = np.where(nearer, through.argmin(0), before)
+            path = np.where(nearer, through.min(0), path)
+        end = int(np.where(count < places, path, np.inf).argmin())
+        count[end] += 1
+        while before[end] >= 0:
+            taken[mover[before[end], end]], end = end, int(before[end])
+        count[end] -= 1
+    return taken
 
 
 def even_split(count: int, groups: int) -> list[list[int]]:

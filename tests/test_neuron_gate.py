@@ -1,13 +1,15 @@
 """Feed-forward layers in groups of neurons: which are split, or refused and why; options."""
 
+import numpy as np
 import pytest
 import torch
 from feedforward import MODELS, Encoder, converter, decisive, mlp, moved, sequence, vectors
+from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 import dyncompile as dc
 from dyncompile.capture import capture
-from dyncompile.clustering import balanced_clusters, even_split
+from dyncompile.clustering import _shared_out, balanced_clusters, even_split
 from dyncompile.errors import ArgumentError, PassError
 from dyncompile.passes import Refusal, Site
 from dyncompile.passes.channel_gate import ChannelGate
@@ -225,6 +227,21 @@ def test_clusters_are_balanced_and_found_again():
     # Half of the rows are alike, and still no group takes more than its share.
     alike = torch.cat([torch.zeros(24, 8), rows[:24]])
     assert sorted(map(len, balanced_clusters(alike, 4))) == [12] * 4
+
+
+def test_rows_are_shared_out_at_the_least_cost():
+    generator = np.random.default_rng(0)
+    for _ in range(100):
+        columns = int(generator.integers(2, 9))
+        rows = int(generator.integers(columns, 50))
+        costs = generator.normal(size=(rows, columns))
+        if generator.random() < 0.3:
+            costs = costs.round()  # ties
+        places = np.sort(np.arange(rows) % columns)
+        found = _shared_out(costs, np.bincount(places))
+        assert np.bincount(found).tolist() == np.bincount(places).tolist()
+        least = costs[:, places][linear_sum_assignment(costs[:, places])].sum()
+        assert costs[np.arange(rows), found].sum() == pytest.approx(least)
 
 
 def test_clusters_are_nearer_than_chance():

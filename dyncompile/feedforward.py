@@ -7,6 +7,7 @@ A projection is a linear layer, a convolution that looks at one position (ConvNe
 import copy
 import dataclasses
 import operator
+import weakref
 from collections.abc import Iterator
 
 import torch
@@ -18,6 +19,8 @@ from dyncompile.demand import stands_in
 from dyncompile.errors import ArgumentError
 from dyncompile.graph import Graph, is_tensor, spec
 from dyncompile.kinds import CONVOLUTIONS, LINEARS, POINTWISE, kind_of
+
+_TRIED: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
 
 _CUTS = {operator.getitem, torch.ops.aten.slice.Tensor, torch.ops.aten.narrow.default}
 
@@ -207,7 +210,13 @@ def _looks_at_one_position(module: nn.modules.conv._ConvNd) -> bool:
 
 
 def _multiplies(module: nn.Module) -> bool:
-    """Tried out: a layer of two parameters that gives `x @ weight + bias`."""
+    """Whether a layer of two parameters gives `x @ weight + bias`; asked of the same ones again and again."""
+    if module not in _TRIED:
+        _TRIED[module] = _turns_out_to_multiply(module)
+    return _TRIED[module]
+
+
+def _turns_out_to_multiply(module: nn.Module) -> bool:
     if {name for name, _ in module.named_parameters()} != {"weight", "bias"} or any(True for _ in module.buffers()):
         return False
     weight, bias = module.get_parameter("weight"), module.get_parameter("bias")

@@ -36,7 +36,7 @@ from dyncompile.demo.datasets import Images, load
 from dyncompile.demo.models import ResNet, VisionTransformer
 from dyncompile.demo.train import Augmented, Schedule, accuracy, multiplies_in_bfloat16, train
 from dyncompile.drafts import drafted
-from dyncompile.training.gating import activation_rates
+from dyncompile.training.gating import part_rates
 
 DROP, COMPOSED = 0.01, 0.015
 """Accuracy that gates alone, and gates with exits, may lose."""
@@ -172,21 +172,17 @@ def tested(dyn: dc.DynamicModule, inputs: Tensor, labels: Tensor) -> dict[str, o
         trace = dyn.trace(x)
         hits += int((trace.output.argmax(1) == y).sum())
         cost += float(trace.cost.sum())
-        for name, rate in _rates(dyn, trace).items():
+        for name, rate in _rates(trace).items():
             rates[name] = rates.get(name, 0.0) + rate * len(y) / len(labels)
     return {"accuracy": hits / len(labels), "cost": cost / len(labels), "rates": rates}
 
 
-def _rates(dyn: dc.DynamicModule, trace: dc.Trace) -> dict[str, float]:
+def _rates(trace: dc.Trace) -> dict[str, float]:
     """How often each gate is open; of one that decides about groups of neurons or channels, each of these."""
     found: dict[str, float] = {}
-    for name, rate in activation_rates(trace).items():
-        parts = dyn.gates[trace.owners[name]].get_parameter("shift").numel()
-        if parts == 1 or trace.decisions[name].dim() == 1 or name in trace.routes:
-            found[name] = float(rate)
-            continue
-        columns = trace.decisions[name].view(-1, parts).float().mean(0).tolist()
-        found.update({f"{name}.{part}": column for part, column in enumerate(columns)})
+    for name, rates in part_rates(trace).items():
+        names = [f"{name}.{part}" for part in range(len(rates))] if name in trace.parts else [name]
+        found.update(zip(names, rates.tolist(), strict=True))
     return found
 
 

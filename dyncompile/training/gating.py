@@ -56,7 +56,12 @@ def _level(p: Tensor, routed: bool) -> Tensor:
 
 def activation_rates(trace: "Trace") -> dict[str, Tensor]:
     """Mean activation of each gate's decision over a batch, scalars in [0, 1]; see `activation`."""
-    return {name: there(trace, name, activation(trace, name)).mean() for name in gate_decisions(trace)}
+    return {name: rates.mean() for name, rates in part_rates(trace).items()}
+
+
+def part_rates(trace: "Trace") -> dict[str, Tensor]:
+    """The same for each of the K parts that a decision holds one for: `[K]`, of others `[1]`."""
+    return {name: by_part(trace, name, activation(trace, name)).mean(0) for name in gate_decisions(trace)}
 
 
 def there(trace: "Trace", name: str, values: Tensor) -> Tensor:
@@ -118,7 +123,7 @@ class ActivationRate(Objective):
         inputs: Inputs | None = None,  # noqa: ARG002
     ) -> dict[str, Tensor]:
         """See `Objective.parts`."""
-        rates = {name: by_part(trace, name, activation(trace, name)).mean(0) for name in gate_decisions(trace)}
+        rates = part_rates(trace)
         apart = [((rates[name] - target) ** 2).mean() for name, target in _aimed(self.target, list(rates)).items()]
         return {"sparsity/rate": self.weight * _mean(apart, trace)}
 

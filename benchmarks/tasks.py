@@ -1,9 +1,10 @@
 """The tasks that contestants are trained on, at four scales: data, static models, schedules.
 
 - `full`: what the figures are meant for. About a day on two cores.
-- `medium`: all of the data, and models of the size of the demo's: some hours.
-- `small`: a part of the data and narrow models, which train in about half an hour on one busy core. It shows that all
-  contestants run and are compared on one task; whoever reads the figures must know that they are of small models.
+- `medium`: models of the size of the demo's, on 20,000 images: an hour or two on one core.
+- `small`: a smaller part of the data and narrow models, which train in about half an hour on one busy core. It shows
+  that all contestants run and are compared on one task.
+- Whoever reads the figures must know that none but those of `full` are of models trained on all of the data.
 - `quick`: digits, one epoch. Does everything run?
 """
 
@@ -249,7 +250,7 @@ TASKS = {
             title="Fashion-MNIST, ResNet",
             sizes={
                 "full": Sizes(width=32, depth=20, epochs=8, tuning=8),
-                "medium": Sizes(width=16, depth=20, epochs=8, tuning=8),
+                "medium": Sizes(width=16, depth=20, epochs=6, tuning=6, samples=20_000),
                 "small": Sizes(width=16, depth=14, epochs=3, tuning=2, samples=4000),
                 "quick": Sizes(width=8, depth=8, epochs=1, tuning=1, samples=256),
             },
@@ -264,7 +265,7 @@ TASKS = {
             title="Fashion-MNIST, ViT",
             sizes={
                 "full": Sizes(width=192, depth=8, epochs=12, tuning=8),
-                "medium": Sizes(width=96, depth=6, epochs=10, tuning=8),
+                "medium": Sizes(width=96, depth=6, epochs=10, tuning=8, samples=20_000),
                 "small": Sizes(width=64, depth=6, epochs=3, tuning=2, samples=4000),
                 "quick": Sizes(width=32, depth=2, epochs=1, tuning=1, samples=256),
             },

@@ -49,7 +49,7 @@ class Dynamic(Contestant):
             run.splits.validation,
             epochs=run.sizes.tuning,
             mode="joint",
-            lr=5e-3 if run.task.name != "fashion-vit" else 1e-3,
+            lr=3e-3 if run.task.name != "fashion-vit" else 1e-3,
             batch_size=128,
             directory=run.folder / f"{self.slug}-tuning",
             resume=True,

@@ -4,8 +4,9 @@
 - `medium`: models of the size of the demo's, on 20,000 images: an hour or two on one core.
 - `small`: a smaller part of the data and narrow models, which train in about half an hour on one busy core. It shows
   that all contestants run and are compared on one task.
-- Whoever reads the figures must know that none but those of `full` are of models trained on all of the data.
 - `quick`: digits, one epoch. Does everything run?
+
+Whoever reads the figures must know that none but those of `full` are of models trained on all of the data.
 """
 
 import dataclasses

@@ -200,16 +200,34 @@ def test_rows_with_every_group_have_the_value_of_the_layer_itself(converted):
         assert not torch.allclose(found[~mask.all(1)], expected[~mask.all(1)])
 
 
+def negated_in_place(dyn, name):
+    with torch.no_grad():
+        dyn.get_parameter(name).data.mul_(-1)  # unseen by torch's count of versions
+
+
+def negated_by_another(dyn, name):
+    owner, _, leaf = name.rpartition(".")
+    setattr(dyn.get_submodule(owner), leaf, nn.Parameter(-dyn.get_parameter(name).detach()))
+
+
+def negated_by_assignment(dyn, name):
+    negated = {key: -value if key == name else value for key, value in dyn.state_dict().items()}
+    dyn.load_state_dict(negated, assign=True)
+
+
+CHANGES = [negated_in_place, negated_by_another, negated_by_assignment]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("split", ["contiguous", "cluster"])
-def test_changed_weights_are_read(converted, split):
+def test_changed_weights_are_read(converted, split, change):
     """The compiled form keeps them, in another layout."""
     _, dyn, inputs = converted("mlp", split=split)
     decisive(dyn)
     fast = dc.lower(dyn, "eager")
     x = inputs(3)
     before = fast(*x)
-    with torch.no_grad():
-        dyn.get_parameter("3.weight").data.mul_(-1)  # unseen by torch's count of versions
+    change(dyn, "3.weight")
     torch.testing.assert_close(fast(*x), dyn(*x), rtol=1e-5, atol=1e-6)
     assert not torch.allclose(fast(*x), before)
 

@@ -18,7 +18,7 @@ from dyncompile.graph import Spec, is_tensor, spec
 from dyncompile.lowering.absorbing import absorb_activations
 from dyncompile.lowering.compiling import compile_segments
 from dyncompile.lowering.measure import unprofitable
-from dyncompile.lowering.plan import Block, Conditional, Plan, Segment, make_plan, segment_module
+from dyncompile.lowering.plan import Block, Conditional, Plan, Segment, live, make_plan, segment_module
 from dyncompile.lowering.program import write_program
 from dyncompile.lowering.runtime import Override, Run, Segments, is_compiled
 from dyncompile.module import DynamicModule, disabled_decisions
@@ -110,7 +110,7 @@ class LoweredModule(nn.Module):
         modules = {segment: segment_module(segment, self.dynamic) for segment in plan.segments()}
         if self.backend == "eager":
             # Not the modules themselves: fx and torch would look for hooks and rewrite errors in every call.
-            self._segments: Segments = {segment: module.forward for segment, module in modules.items()}
+            self._segments: Segments = {s: live(module, self.dynamic).forward for s, module in modules.items()}
         else:
             self._segments = compile_segments(modules, self.examples(), self.options)
         self._program, self.source = write_program(plan, self._segments, *self._checked())

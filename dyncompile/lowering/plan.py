@@ -390,6 +390,20 @@ def segment_module(segment: Segment, root: nn.Module) -> fx.GraphModule:
     return module
 
 
+def live(module: fx.GraphModule, root: nn.Module) -> fx.GraphModule:
+    """Let a segment look parameters and modules up in `root` in every call: whatever takes their place is seen.
+
+    Args:
+        module: What `segment_module` made; changed in place.
+        root: As there.
+    """
+    module._parameters, module._buffers = root._parameters, root._buffers
+    standing = {str(n.target).partition(".")[0] for n in module.graph.nodes if stands_in(n)}
+    for name in module._modules.keys() - standing:
+        module._modules[name] = root._modules[name]
+    return module
+
+
 def _local_size(graph: fx.Graph, tensor: fx.Node, found: Spec, size: Size, rows: int) -> fx.Node:
     """`slope * batch + offset`, with the batch read off a tensor that holds `rows` rows a sample."""
     result = graph.call_function(torch.ops.aten.sym_size.int, (tensor, found.batch_dim))

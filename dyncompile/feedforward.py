@@ -1,17 +1,21 @@
 """Feed-forward layers of a graph: projections, what acts on each neuron alone, and a projection that reads them.
 
 A projection is a linear layer, a convolution that looks at one position (ConvNeXt), or whatever turns out to be
-`x @ weight + bias` (GPT-2 in transformers).
+`x @ weight + bias` (GPT-2 in transformers). One module may make several of them, as a gated layer packs them:
+`a, b = both(x).chunk(2, -1)`.
 """
 
 import copy
 import dataclasses
+import itertools
+import math
 import operator
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.fx import Node
 
 from dyncompile.capture import modes
@@ -22,28 +26,32 @@ from dyncompile.kinds import CONVOLUTIONS, LINEARS, POINTWISE, kind_of
 
 _TRIED: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
 
-_CUTS = {operator.getitem, torch.ops.aten.slice.Tensor, torch.ops.aten.narrow.default}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Projection:
-    """A layer whose outputs each are a weighted sum of the inputs.
+    """A layer whose outputs each are a weighted sum of the inputs, or some of its outputs.
 
     Attributes:
+        node: Calls the layer.
         module: The layer.
         channel_dim: Where x and the outputs have their channels; 1, or -1.
         transposed: The parameter lies as `[D, H]`; else as `[H, D, ...]`.
+        cut: Which of the outputs.
+        views: The nodes that cut them out, in order.
     """
 
+    node: Node
     module: nn.Module
     channel_dim: int
     transposed: bool = False
+    cut: slice = dataclasses.field(default_factory=lambda: slice(None))
+    views: tuple[Node, ...] = ()
 
     @property
     def weight(self) -> torch.Tensor:
         """`[H, D, ...]`."""
         weight = self.module.get_parameter("weight")
-        return weight.t() if self.transposed else weight
+        return (weight.t() if self.transposed else weight)[self.cut]
 
     @property
     def biased(self) -> bool:
@@ -57,12 +65,12 @@ class FeedForward:
 
     Attributes:
         source: x, `[..., D]`, or `[N, D, ...]` of convolutions.
-        firsts: The projections that make the hidden neurons; several in a gated layer.
+        firsts: What projections make of x for the hidden neurons; several in a gated layer.
         between: What acts on each neuron alone, in order.
         hidden: The neurons, `[..., H]` or `[N, H, ...]`.
         second: The projection that reads them.
         channel_dim: Where x, the neurons and what comes out have their channels, counted from the front.
-        projections: Of `firsts` and `second`.
+        projections: Of `firsts` and `second`, in order.
     """
 
     source: Node
@@ -81,7 +89,8 @@ class FeedForward:
     @property
     def nodes(self) -> tuple[Node, ...]:
         """All of them, in order."""
-        return (*self.firsts, *self.between, self.second)
+        made = itertools.chain.from_iterable((p.node, *p.views) for p in self.projections.values())
+        return (*dict.fromkeys(node for node in made if node is not self.second), *self.between, self.second)
 
 
 def feed_forward_layers(graph: Graph) -> Iterator[FeedForward | tuple[Node, str]]:
@@ -111,13 +120,14 @@ def feed_forward(graph: Graph, second: Node) -> FeedForward | None:
     if not between or not firsts:
         return None
     order = {node: i for i, node in enumerate(graph.fx.nodes)}
-    projections = {node: made for node in (*firsts, second) if (made := projection(graph, node)) is not None}
+    firsts.sort(key=order.__getitem__)
+    projections = {node: made for node in (*firsts, second) if (made := _projected(graph, node)) is not None}
     dims = {made.channel_dim for made in projections.values()}
     if len(dims) > 1:
         raise _no(second, "a convolution together with a linear layer")
     found = FeedForward(
-        source=firsts[0].all_input_nodes[0],
-        firsts=tuple(sorted(firsts, key=order.__getitem__)),
+        source=projections[firsts[0]].node.all_input_nodes[0],
+        firsts=tuple(firsts),
         between=tuple(sorted(between, key=order.__getitem__)),
         hidden=second.all_input_nodes[0],
         second=second,
@@ -126,12 +136,13 @@ def feed_forward(graph: Graph, second: Node) -> FeedForward | None:
     )
     for node, made in projections.items():
         if not _plain(made):
-            raise _no(node, "a weight that is computed, or hooks")
-        if node.args[0] is not found.source and node is not second:
-            raise _no(node, f"another input than `{found.firsts[0]}` has")
-    for node in found.nodes[:-1]:
+            raise _no(made.node, "a weight that is computed, or hooks")
+        if made.node.args[0] is not found.source and node is not second:
+            raise _no(made.node, f"another input than `{projections[firsts[0]].node}` has")
+    for node in (*firsts, *between):
         if spec(node).shape != spec(found.hidden).shape:
             raise _no(node, f"shape {list(spec(node).shape)} beside hidden neurons {list(spec(found.hidden).shape)}")
+    for node in found.nodes[:-1]:
         stranger = next((user for user in node.users if user not in found.nodes), None)
         if stranger is not None:
             raise _no(node, f"neurons that `{stranger}` reads too")
@@ -156,15 +167,13 @@ def _behind(graph: Graph, second: Node) -> tuple[list[Node], list[Node]]:
     queue, seen = list(second.all_input_nodes), set(second.all_input_nodes)
     while queue:
         node = queue.pop(0)
-        if projection(graph, node) is not None:
+        if _projected(graph, node) is not None:
             firsts.append(node)
             continue
         if gate := _gated_by(node):
             raise _no(node, f"what `{gate}` decides about already")
         idle = idle_in_evaluation(graph, node)
         if not idle and not _acts_alone(graph, node):
-            if active and node.target in _CUTS:
-                raise _no(node, "a part of what one projection makes (packed as in `chunk(2, -1)`)")
             if active:
                 raise _no(node, "what does not act on each neuron alone")
             return [], []
@@ -192,13 +201,56 @@ def projection(graph: Graph, node: Node) -> Projection | None:
     """How a node's module projects; None if it is no projection."""
     module = graph.module_of(node)
     if isinstance(module, nn.Linear):
-        return Projection(module=module, channel_dim=-1)
+        return Projection(node=node, module=module, channel_dim=-1)
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         batched = is_tensor(node) and len(spec(node).shape) == len(module.kernel_size) + 2
-        return Projection(module=module, channel_dim=1) if batched and _looks_at_one_position(module) else None
+        at_one = batched and _looks_at_one_position(module)
+        return Projection(node=node, module=module, channel_dim=1) if at_one else None
     if module is not None and len(node.all_input_nodes) == 1 and _multiplies(module):
-        return Projection(module=module, channel_dim=-1, transposed=True)
+        return Projection(node=node, module=module, channel_dim=-1, transposed=True)
     return None
+
+
+def _projected(graph: Graph, node: Node) -> Projection | None:
+    """The projection that a node is, or that it is a cut of: every output, or some of them at even distances."""
+    views: list[Node] = []
+    at = node
+    while (made := projection(graph, at)) is None:
+        if not _is_view(at) or len(at.all_input_nodes) != 1:
+            return None
+        views.insert(0, at)
+        at = at.all_input_nodes[0]
+    if not views:
+        return made
+    found = spec(at)
+    shape, dim = found.at(3), made.channel_dim % len(found.shape)
+
+    def viewed(value: Any) -> Any:
+        values = {at: value}
+        for view in views:
+            args, kwargs = fx.node.map_arg((view.args, view.kwargs), values.__getitem__)
+            values[view] = view.target(*args, **kwargs)  # type: ignore[operator]
+        return values[node]
+
+    outputs = viewed(torch.arange(shape[dim]).view([-1 if i == dim else 1 for i in range(len(shape))]).expand(shape))
+    if not isinstance(outputs, torch.Tensor) or outputs.dim() != len(shape):
+        return None
+    first, *others = outputs.movedim(dim, -1).flatten(0, -2)[0].tolist()
+    cut = slice(first, others[-1] + 1 if others else first + 1, max(others[0] - first, 1) if others else 1)
+    entries = torch.arange(math.prod(shape)).view(shape)
+    if not torch.equal(viewed(entries), entries.movedim(dim, -1)[..., cut].movedim(-1, dim)):
+        return None
+    return dataclasses.replace(made, cut=cut, views=tuple(views))
+
+
+def _is_view(node: Node) -> bool:
+    """Whether a node only looks at a part of its input, or in another shape."""
+    if node.target is operator.getitem:
+        return True
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    alias = node.target._schema.returns[0].alias_info if node.target._schema.returns else None
+    return alias is not None and not alias.is_write
 
 
 def _looks_at_one_position(module: nn.modules.conv._ConvNd) -> bool:

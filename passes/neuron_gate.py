@@ -37,7 +37,8 @@ class NeuronGate(Pass):
     open groups. Rows with every group on have the value of the layer itself, so that nothing is rounded differently.
     In training the layer runs as a whole, its neurons multiplied with the decisions.
 
-    The layers are linear, convolutions that look at one position (ConvNeXt), or `x @ weight + bias` (GPT-2).
+    The layers are linear, convolutions that look at one position (ConvNeXt), or `x @ weight + bias` (GPT-2). A
+    gated layer's first projections may be one layer whose outputs are taken apart (`chunk(2, -1)`: Phi-3, ModernBERT).
 
     Legality: between the two layers stands only what acts on each neuron alone (activations, dropout, the product of
     a gated layer such as SwiGLU); nobody else reads the neurons; layers do not overlap; there are at least as many
@@ -202,18 +203,17 @@ class NeuronGate(Pass):
         masked.meta["training_only"] = True
         layer.second.replace_input_with(layer.hidden, masked)
 
-        projections = {node: layer.projections[node] for node in (*layer.firsts, layer.second)}
+        projections = list(layer.projections.values())
         module = GatedNeurons(
             _activation(graph, layer),
             groups,
             layout=layout,
-            biased=[made.biased for made in projections.values()],
-            transposed=[made.transposed for made in projections.values()],
+            biased=[made.biased for made in projections],
+            transposed=[made.transposed for made in projections],
+            cuts=[made.cut for made in projections],
         )
         weights = [
-            f"{node.target}.{name}"
-            for node, made in projections.items()
-            for name in ("weight", "bias")[: 1 + made.biased]
+            f"{made.node.target}.{name}" for made in projections for name in ("weight", "bias")[: 1 + made.biased]
         ]
         read = [decision, layer.source]
         stand_in(graph, site.name, module, layer.nodes, (layer.second,), [*read, *weights], flops=flops)

@@ -39,6 +39,19 @@ class Gated(nn.Module):
         return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
 
 
+class Packed(nn.Module):
+    """SwiGLU whose first two projections are one layer."""
+
+    def __init__(self, cut=lambda y: y.chunk(2, -1), *, both=None):
+        super().__init__()
+        self.cut, self.both = cut, both or nn.Linear(12, 64)
+        self.down = nn.Linear(32, 5)
+
+    def forward(self, x):
+        gate, up = self.cut(self.both(x))
+        return self.down(nn.functional.silu(gate) * up)
+
+
 class Transposed(nn.Module):
     """GPT-2's layer, as transformers have it."""
 
@@ -88,6 +101,7 @@ MODELS = {
     "sequence": (lambda: Encoder(batch_first=False, activation="gelu"), sequence, 2),
     "mlp": (mlp, vectors, 1),
     "gated": (Gated, vectors, 1),
+    "packed": (Packed, vectors, 1),
     "images": (lambda: nn.Sequential(nn.Linear(6, 24), nn.GELU(), nn.Linear(24, 6), nn.Flatten(), nn.Linear(72, 3)),
                lambda n: (torch.randn(n, 3, 4, 6),), 1),
     "transposed": (lambda: nn.Sequential(Transposed(8, 40), nn.GELU(), Transposed(40, 6), nn.Flatten()),

@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from feedforward import MODELS, Encoder, converter, decisive, mlp, moved, sequence, vectors
+from feedforward import MODELS, Encoder, Packed, Transposed, converter, decisive, mlp, moved, sequence, vectors
 from scipy.optimize import linear_sum_assignment
-from torch import nn
+from torch import fx, nn
 
 import dyncompile as dc
 from dyncompile.capture import capture
 from dyncompile.clustering import _shared_out, balanced_clusters, even_split
+from dyncompile.demand import specialise
 from dyncompile.errors import ArgumentError, PassError
 from dyncompile.passes import Refusal, Site
 from dyncompile.passes.channel_gate import ChannelGate
@@ -84,8 +85,14 @@ def test_found_in_a_whole_vision_transformer(needs, device):
         ),
         (gpt2, {"per": "token", "split": "cluster"}, "transformer_h_{}_mlp_c_proj"),
         (convnext, {"min_share": 0.15}, "stages_0_blocks_{}_mlp_fc2"),
+        (
+            hugging_face("Phi3", num_key_value_heads=2, pad_token_id=0),
+            {"per": "token", "split": "cluster"},
+            "model_layers_{}_mlp_down_proj",
+        ),
+        (hugging_face("ModernBert", pad_token_id=0), {}, "model_layers_{}_mlp_wo"),
     ],
-    ids=["torchvision", "timm", "bert", "llama", "gpt2", "convnext"],
+    ids=["torchvision", "timm", "bert", "llama", "gpt2", "convnext", "phi3", "modernbert"],
 )
 def test_found_in_libraries(needs, device, make, options, expected):
     model, inputs = make(needs)
@@ -108,6 +115,33 @@ def test_found_in_libraries(needs, device, make, options, expected):
 def test_found_in_plain_models(converted, kind, count):
     _, dyn, _ = converted(kind)
     assert list(dyn.gates) == [f"neurons{i}" for i in range(count)]
+
+
+def halves(y):
+    return y[..., :32], y[..., 32:]
+
+
+CUTS = {
+    "chunk": lambda y: y.chunk(2, -1),
+    "split": lambda y: y.split([32, 32], dim=-1),
+    "slices": halves,
+    "interleaved": lambda y: (y[..., ::2], y[..., 1::2]),
+    "unbind": lambda y: y.unflatten(-1, (2, 32)).unbind(-2),
+    "overlapping": lambda y: (y[..., :32], y[..., 16:48]),
+    "narrow": lambda y: (y.narrow(-1, 32, 32), y.narrow(-1, 0, 32)),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=list(CUTS))
+@pytest.mark.parametrize("transposed", [False, True])
+def test_first_projections_packed_in_one_layer(device, cut, transposed):
+    """`GatedNeurons` alone equals the layer, where all of its groups are open."""
+    model = Packed(cut, both=Transposed(12, 64) if transposed else None).to(device).eval()
+    dyn = dc.dynamize(model, NeuronGate(hidden=2), example_inputs=vectors(2)[0].to(device))
+    (x,) = moved(vectors(5), device)
+    (found,) = fx.Interpreter(dyn, graph=specialise(dyn.graph.fx, {})).run(x)
+    torch.testing.assert_close(found, model(x), rtol=1e-5, atol=1e-5)
+    assert dyn.trace(x).cost.max() < 1.1
 
 
 class Shared(nn.Module):
@@ -139,6 +173,9 @@ def weight_normed():
         (mlp(nn.Softmax(-1), nn.ReLU()), {}, "_3", "`_1`: found what does not act on each neuron alone"),
         (Shared(), {}, "b", "found neurons that `slice_1` reads too"),
         (Elsewhere(), {}, "b", "found another input than `a` has"),
+        (Packed(lambda y: (y[..., :32].sum(-1, keepdim=True), halves(y)[1])), {}, "down",
+         "`sum_1`: found what does not act on each neuron alone"),
+        (Packed(lambda y: (y[:, :32], y[:, 32:].flip(-1))), {}, "down", "`flip`: found what does not act"),
         (weight_normed, {}, "_3", "`_0`: found a weight that is computed, or hooks"),
         (mlp(width=11), {}, "_3", "11 neurons cannot be split into 2 to 8 groups of equal size"),
         (mlp(width=30), {"top_k": 6}, "_3", "its 30 neurons make 6 groups, no more than top_k=6 picks"),

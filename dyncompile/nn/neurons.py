@@ -116,6 +116,7 @@ class GatedNeurons(nn.Module):
         layout: Of the layer.
         biased: Whether each projection has a bias, the first ones and then the second.
         transposed: Whether each projection's weight lies as `[D, H]`; else as `[H, D, ...]`.
+        cuts: Which outputs of its weight each projection makes.
     """
 
     order: Tensor | None
@@ -128,12 +129,13 @@ class GatedNeurons(nn.Module):
         layout: NeuronLayout,
         biased: Sequence[bool],
         transposed: Sequence[bool],
+        cuts: Sequence[slice],
     ) -> None:
         super().__init__()
         order = list(itertools.chain.from_iterable(groups))
         self.act = act
         self.groups, self.size, self.layout = len(groups), len(groups[0]), layout
-        self.biased, self.transposed = list(biased), list(transposed)
+        self.biased, self.transposed, self.cuts = list(biased), list(transposed), list(cuts)
         self.register_buffer("order", None if order == sorted(order) else torch.tensor(order), persistent=False)
 
     def forward(self, static: Results | None, decision: Tensor, x: Tensor, *weights: Tensor) -> Results:
@@ -159,9 +161,10 @@ class GatedNeurons(nn.Module):
         """The parameters, of which `forward` takes one after the other, neurons in the order of their groups."""
         given = iter(weights)
         firsts: list[tuple[Tensor, Tensor | None]] = []
-        for biased, transposed in zip(self.biased, self.transposed, strict=True):
-            weight = next(given)
-            firsts.append((weight if transposed else weight.flatten(1).t(), next(given) if biased else None))
+        for biased, transposed, cut in zip(self.biased, self.transposed, self.cuts, strict=True):
+            weight, bias = next(given), next(given) if biased else None
+            weight = weight if transposed else weight.flatten(1).t()
+            firsts.append((weight[:, cut], None if bias is None else bias[cut]))
         second, bias = firsts.pop()
         if self.order is not None:
             order = self.order

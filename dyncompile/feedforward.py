@@ -233,7 +233,7 @@ def _projected(graph: Graph, node: Node) -> Projection | None:
         return values[node]
 
     outputs = viewed(torch.arange(shape[dim]).view([-1 if i == dim else 1 for i in range(len(shape))]).expand(shape))
-    if not isinstance(outputs, torch.Tensor) or outputs.dim() != len(shape):
+    if not isinstance(outputs, torch.Tensor) or outputs.dim() != len(shape) or not outputs.numel():
         return None
     first, *others = outputs.movedim(dim, -1).flatten(0, -2)[0].tolist()
     cut = slice(first, others[-1] + 1 if others else first + 1, max(others[0] - first, 1) if others else 1)

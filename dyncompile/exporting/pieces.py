@@ -17,7 +17,8 @@ from dyncompile.errors import ExportError
 from dyncompile.exporting.recurrent import Agent, Cell, SequenceLayer, Start
 from dyncompile.exporting.scope import Scope
 from dyncompile.graph import attribute, spec
-from dyncompile.lowering.plan import Plan, Segment, segment_module
+from dyncompile.lowering.plan import Plan, Segment
+from dyncompile.lowering.segments import segment_module
 from dyncompile.module import DynamicModule
 from dyncompile.nn.channelwise import GatheredChannels
 from dyncompile.nn.recurrent import CompactedLayer, DroppingLayer

@@ -15,7 +15,8 @@ from dyncompile.exporting.recurrent import ConditionalAgent, ConditionalLayer, S
 from dyncompile.exporting.rows import inside
 from dyncompile.graph import attribute, spec
 from dyncompile.lowering import LoweredModule
-from dyncompile.lowering.plan import Block, Conditional, Plan, Segment, segment_module
+from dyncompile.lowering.plan import Block, Conditional, Plan, Segment
+from dyncompile.lowering.segments import segment_module
 from dyncompile.module import DynamicModule
 from dyncompile.nn.recurrent import DroppingLayer
 from dyncompile.ops import arms_of

@@ -18,9 +18,10 @@ from dyncompile.graph import Spec, is_tensor, spec
 from dyncompile.lowering.absorbing import absorb_activations
 from dyncompile.lowering.compiling import compile_segments
 from dyncompile.lowering.measure import unprofitable
-from dyncompile.lowering.plan import Block, Conditional, Plan, Segment, live, make_plan, segment_module
+from dyncompile.lowering.plan import Block, Conditional, Plan, Segment, make_plan
 from dyncompile.lowering.program import write_program
 from dyncompile.lowering.runtime import Override, Run, Segments, is_compiled
+from dyncompile.lowering.segments import live, segment_module
 from dyncompile.module import DynamicModule, disabled_decisions
 from dyncompile.nn import Exit
 from dyncompile.values import sizes

@@ -2,7 +2,7 @@
 
 from benchmarks.contestants.cond import Cond
 from benchmarks.contestants.contestant import Call, Contestant, Forms
-from benchmarks.contestants.dynamic import Dynamic
+from benchmarks.contestants.dynamic import COSTS, EXITS, Dynamic
 from benchmarks.contestants.earlyon import Earlyon
 from benchmarks.contestants.handwritten import Handwritten
 from benchmarks.contestants.masked import Masked
@@ -20,7 +20,9 @@ def contestants(task: Task) -> list[Contestant]:
     if task.depths(task.sizes["full"].depth) < task.sizes["full"].depth:
         found.append(Static(half=True))
     found += [Pruned(), Quantised()]
-    found += [Dynamic(strategy=strategy) for strategy in task.strategies]
+    for strategy in task.strategies:
+        costs = COSTS if EXITS & set(strategy.split("+")) else ()
+        found += [Dynamic(strategy=strategy, max_cost=cost) for cost in (None, *costs)]
     if "early_exit" in task.strategies:
         found += [Earlyon(), Handwritten(), Cond()]
     if "layer_skip" in task.strategies:

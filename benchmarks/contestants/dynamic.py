@@ -17,32 +17,46 @@ DROP = 0.01
 """Accuracy that calibration may lose, as a share of all samples."""
 COST = 0.6
 """What gates are fine-tuned to."""
-_EXITS = {"early_exit"}
+COSTS = (0.65, 0.5)
+"""What exits are calibrated for beside, so that a curve is seen and not a point."""
+EXITS = {"early_exit"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dynamic(Contestant):
-    """A strategy, or several joined by "+", in order."""
+    """A strategy, or several joined by "+", in order.
+
+    Args:
+        strategy: Of passes.
+        max_cost: Thresholds of exits are chosen for this cost; None: for a loss of `DROP`, with a guarantee.
+    """
 
     strategy: str
+    max_cost: float | None = None
 
     family: ClassVar[str] = "dyncompile"
 
     @property
     def name(self) -> str:
-        return f"dyncompile, {self.strategy.replace('_', ' ').replace('+', ' + ')}"
+        cost = f", cost {self.max_cost:g}" if self.max_cost else ""
+        return f"dyncompile, {self.strategy.replace('_', ' ').replace('+', ' + ')}{cost}"
 
     def model(self, run: Run) -> dc.DynamicModule:
         static, folder = Static().model(run), run.folder / self.slug
         if (folder / "recipe.json").exists():
             kept: dc.DynamicModule = dc.load(folder, static).eval()
             return kept
+        if self.max_cost is not None:
+            dyn = Dynamic(strategy=self.strategy).model(run)
+            dc.calibrate(dyn, run.splits.calibration, max_cost=self.max_cost, progress=False)
+            dc.save(dyn, folder)
+            return dyn
         names = self.strategy.split("+")
         passes: list[str | Pass] = [_pass(name, run) for name in names]
         dyn = dc.dynamize(static, passes, example_inputs=run.splits.test.tensors[0][:2])
         if run.task.images:
             dyn.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        options: dict[str, Any] = {"target_cost": COST} if set(names) - _EXITS else {}
+        options: dict[str, Any] = {"target_cost": COST} if set(names) - EXITS else {}
         dc.finetune(
             dyn,
             run.splits.train,
@@ -58,7 +72,7 @@ class Dynamic(Contestant):
             **options,
         )
         dyn.eval()
-        if set(names) & _EXITS:
+        if set(names) & EXITS:
             self._calibrate(dyn, run)
         dc.save(dyn, folder)
         return dyn

@@ -27,6 +27,7 @@ from benchmarks.isolated import footprint, isolated
 from benchmarks.scores import Score, Scoreboard
 from benchmarks.tasks import SCALES, TASKS, Run
 from dyncompile.demo.train import accuracy
+from dyncompile.errors import UnreachableTargetError
 
 ROUNDS = 9
 STREAM = {1: 100, 16: 4, 64: 3, 256: 1}
@@ -67,12 +68,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "rounds": str(2 if options.quick else options.rounds),
         },
     )
-    chosen = [
-        c for c in contestants(run.task) if not options.contestant or any(part in c.name for part in options.contestant)
-    ]
+    every = contestants(run.task, curves=not options.quick)
+    chosen = [c for c in every if not options.contestant or any(part in c.name for part in options.contestant)]
     calls: dict[str, dict[str, Call]] = {}
     for contestant in chosen:
-        score, forms = tested(contestant, run, compilers=not options.quick and options.only != "training")
+        try:
+            score, forms = tested(contestant, run, compilers=not options.quick and options.only != "training")
+        except UnreachableTargetError as error:
+            board.refused[contestant.name] = str(error)
+            continue
         if score is None:
             board.refused[contestant.name] = "it is not installed or does not run here"
             continue

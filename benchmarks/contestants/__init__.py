@@ -2,7 +2,7 @@
 
 from benchmarks.contestants.cond import Cond
 from benchmarks.contestants.contestant import Call, Contestant, Forms
-from benchmarks.contestants.dynamic import COSTS, EXITS, Dynamic
+from benchmarks.contestants.dynamic import Dynamic
 from benchmarks.contestants.earlyon import Earlyon
 from benchmarks.contestants.handwritten import Handwritten
 from benchmarks.contestants.masked import Masked
@@ -13,16 +13,20 @@ from benchmarks.contestants.static import FORMS, Static
 from benchmarks.tasks import Task
 
 
-def contestants(task: Task) -> list[Contestant]:
-    """Everything that is compared on a task; the first ones are the forms of the static model."""
+def contestants(task: Task, *, curves: bool = True) -> list[Contestant]:
+    """Everything that is compared on a task; the first ones are the forms of the static model.
+
+    Args:
+        task: Which.
+        curves: Exits are calibrated for several costs.
+    """
     found: list[Contestant] = [Static(form=form) for form in FORMS if task.images or form == FORMS[0]]
     found += [Static(width=0.75), Static(width=0.5)]
     if task.depths(task.sizes["full"].depth) < task.sizes["full"].depth:
         found.append(Static(half=True))
     found += [Pruned(), Quantised()]
     for strategy in task.strategies:
-        costs = COSTS if EXITS & set(strategy.split("+")) else ()
-        found += [Dynamic(strategy=strategy, max_cost=cost) for cost in (None, *costs)]
+        found += Dynamic(strategy=strategy).curve() if curves else [Dynamic(strategy=strategy)]
     if "early_exit" in task.strategies:
         found += [Earlyon(), Handwritten(), Cond()]
     if "layer_skip" in task.strategies:

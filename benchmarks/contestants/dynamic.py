@@ -1,8 +1,9 @@
 """dyncompile: converted, fine-tuned, calibrated, lowered."""
 
 import dataclasses
+from collections.abc import Iterator
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -17,9 +18,9 @@ DROP = 0.01
 """Accuracy that calibration may lose, as a share of all samples."""
 COST = 0.6
 """What gates are fine-tuned to."""
-COSTS = (0.65, 0.5)
-"""What exits are calibrated for beside, so that a curve is seen and not a point."""
-EXITS = {"early_exit"}
+_EXITS = {"early_exit"}
+_CURVE, _GATED_CURVE = (0.65, 0.5), (0.5, 0.35)
+"""Costs that exits, without gates and with them, are calibrated for beside: a curve is seen, and not a point."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,13 @@ class Dynamic(Contestant):
     max_cost: float | None = None
 
     family: ClassVar[str] = "dyncompile"
+
+    def curve(self) -> Iterator[Self]:
+        """Itself, and calibrated for other costs where it has exits."""
+        yield self
+        names = set(self.strategy.split("+"))
+        for cost in () if not names & _EXITS else _GATED_CURVE if names - _EXITS else _CURVE:
+            yield dataclasses.replace(self, max_cost=cost)
 
     @property
     def name(self) -> str:
@@ -56,7 +64,7 @@ class Dynamic(Contestant):
         dyn = dc.dynamize(static, passes, example_inputs=run.splits.test.tensors[0][:2])
         if run.task.images:
             dyn.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        options: dict[str, Any] = {"target_cost": COST} if set(names) - EXITS else {}
+        options: dict[str, Any] = {"target_cost": COST} if set(names) - _EXITS else {}
         dc.finetune(
             dyn,
             run.splits.train,
@@ -72,7 +80,7 @@ class Dynamic(Contestant):
             **options,
         )
         dyn.eval()
-        if set(names) & EXITS:
+        if set(names) & _EXITS:
             self._calibrate(dyn, run)
         dc.save(dyn, folder)
         return dyn
@@ -97,7 +105,9 @@ class Dynamic(Contestant):
 
 def _pass(name: str, run: Run) -> Pass:
     """The pass; exits are given by module, so that every contestant that has exits has the same."""
-    options: dict[str, Any] = {"exits": exit_paths(run)} if name == "early_exit" else {}
+    options: dict[str, Any] = {}
+    if name == "early_exit":
+        options = {"exits": exit_paths(run), "head": run.task.head}
     return resolve(name, options)[0]
 
 

@@ -68,16 +68,17 @@ class Scoreboard(BaseModel):
     scores: list[Score] = []
     refused: dict[str, str] = {}
 
-    def twin(self, batch: int) -> Score:
-        """The fastest form of the static model: what all others are compared with."""
+    def twin(self, batch: int) -> Score | None:
+        """The fastest form of the static model: what all others are compared with; None where none was chosen."""
         forms = [score for score in self.scores if _is_form(score) and batch in score.seconds]
-        return min(forms, key=lambda score: score.seconds[batch])
+        return min(forms, key=lambda score: score.seconds[batch], default=None)
 
     def realised(self, score: Score, batch: int) -> float | None:
-        """Saving by the clock over saving by count; None where nothing is saved by count."""
-        if batch not in score.seconds or score.cost > 0.98:
+        """Saving by the clock over saving by count; None where nothing is saved by count, or there is no twin."""
+        twin = self.twin(batch)
+        if batch not in score.seconds or score.cost > 0.98 or twin is None:
             return None
-        return (1 - score.seconds[batch] / self.twin(batch).seconds[batch]) / (1 - score.cost)
+        return (1 - score.seconds[batch] / twin.seconds[batch]) / (1 - score.cost)
 
     def frontier(self, batch: int) -> list[Score]:
         """Contestants that no other beats in both accuracy and time, the fastest first."""

@@ -178,6 +178,10 @@ def test_the_twin_is_the_fastest_form_and_no_other_model(board):
     dynamic = board.scores[-1]
     assert board.realised(dynamic, 64) == pytest.approx((1 - 1.25 / 2) / 0.5)
     assert board.realised(board.scores[0], 64) is None
+    board.scores = [dynamic]
+    assert board.twin(64) is None
+    assert board.realised(dynamic, 64) is None
+    assert dynamic.name in board.table().markdown()
 
 
 def test_the_frontier_holds_whom_nobody_beats_at_that_batch_size(board):

@@ -43,6 +43,7 @@ class Case:
             "early_exit",
             example_inputs=self.inputs(2, device),
             exits=self.exits,
+            head="linear",
         ).eval()
         for exit_ in exits(dyn).values():
             exit_.enabled.fill_(True)

@@ -124,14 +124,14 @@ def _resnet(layers: list[int]) -> nn.Module:
     return model
 
 
-STAGES = EarlyExit(exits=("layer1", "layer2", "layer3"))
+STAGES = EarlyExit(exits=("layer1", "layer2", "layer3"), head="linear")
 
 FULL = {
     "resnet18, 3 exits": Case(
         build=lambda: _resnet([2, 2, 2, 2]), passes=[STAGES], data=lambda: fashion(channels=3, size=32)
     ),
     "resnet20, gates and exits": Case(
-        build=lambda: resnet20(in_channels=1), passes=[LayerSkip(), EarlyExit()], data=fashion
+        build=lambda: resnet20(in_channels=1), passes=[LayerSkip(), EarlyExit(head="linear")], data=fashion
     ),
     "vit, layer_skip": Case(build=VisionTransformer, passes=[LayerSkip()], data=fashion),
     "lstm, frame_skip": Case(build=lambda: Reader(28, 64), passes=[FrameSkip()], data=lambda: fashion(rows=True)),
@@ -143,7 +143,7 @@ QUICK = {
     ),
     "resnet20, gates and exits": Case(
         build=lambda: ResNet(20, width=4, in_channels=1),
-        passes=[LayerSkip(), EarlyExit(exits=2)],
+        passes=[LayerSkip(), EarlyExit(exits=2, head="linear")],
         data=lambda: digits(count=200),
         steps=8,
     ),

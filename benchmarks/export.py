@@ -81,15 +81,19 @@ def _vit() -> nn.Module:
 
 FULL = {
     "resnet18, 3 exits": Case(
-        build=CASES["resnet18-64"].build, passes=[EarlyExit(exits=("layer1", "layer2", "layer3"))], shape=(3, 112, 112)
+        build=CASES["resnet18-64"].build,
+        passes=[EarlyExit(exits=("layer1", "layer2", "layer3"), head="linear")],
+        shape=(3, 112, 112),
     ),
-    "resnet20, gates and exits": Case(build=resnet20, passes=[LayerSkip(), EarlyExit()], shape=(3, 32, 32)),
+    "resnet20, gates and exits": Case(
+        build=resnet20, passes=[LayerSkip(), EarlyExit(head="linear")], shape=(3, 32, 32)
+    ),
     "vit, layer_skip": Case(build=_vit, passes=[LayerSkip()], shape=(3, 64, 64)),
     "lstm, frame_skip": Case(build=lambda: Reader(64, 256), passes=[FrameSkip()], shape=(128, 64)),
 }
 QUICK = {
     "resnet8, gates and exits": Case(
-        build=lambda: ResNet(8, width=8), passes=[LayerSkip(), EarlyExit(exits=1)], shape=(3, 16, 16)
+        build=lambda: ResNet(8, width=8), passes=[LayerSkip(), EarlyExit(exits=1, head="linear")], shape=(3, 16, 16)
     ),
     "lstm, frame_skip": Case(build=lambda: Reader(8, 16), passes=[FrameSkip()], shape=(12, 8)),
 }

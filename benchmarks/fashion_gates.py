@@ -36,7 +36,6 @@ from dyncompile.demo.datasets import Images, load
 from dyncompile.demo.models import ResNet, VisionTransformer
 from dyncompile.demo.train import Augmented, Schedule, accuracy, multiplies_in_bfloat16, train
 from dyncompile.drafts import drafted
-from dyncompile.passes.early_exit import EarlyExit
 from dyncompile.training.gating import part_rates
 
 DROP, COMPOSED = 0.01, 0.015
@@ -127,16 +126,13 @@ def one_seed(static: nn.Module, images: Images, options: argparse.Namespace, see
     exits = strategy[-1] == "early_exit"
     first = strategy[:-1] if exits and not options.together else strategy
     target = options.gate_cost if exits else options.target_cost
-    # What reads an early feature map needs more than its mean.
-    exit_ = EarlyExit(head="conv" if options.model == "resnet20" else "linear")
-    passes = [exit_ if name == exit_.name else name for name in first]
-    dyn = dc.dynamize(static, passes, example_inputs=images.train.tensors[0][:2])
+    dyn = dc.dynamize(static, first, example_inputs=images.train.tensors[0][:2])
     start = time.perf_counter()
     named = f"{'+'.join(first)}-{_named(options)}-{target}-{options.epochs}-{seed}"
     dyn = _finetuned(dyn, images, options, named, seed, epochs=options.epochs, mode="joint", target_cost=target)
     if first != strategy:
         # Behind gates that stay as they are.
-        dyn = dc.dynamize(dyn, exit_)
+        dyn = dc.dynamize(dyn, "early_exit")
         for gate in dyn.gates.values():
             gate.requires_grad_(False)
         _finetuned(dyn, images, options, f"exits-{named}", seed, epochs=options.exit_epochs, mode="heads")

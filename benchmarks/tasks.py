@@ -82,7 +82,6 @@ class Task:
         widths: Multiples of this are legal widths.
         depths: The depth of half of the layers, given the depth.
         strategies: What of dyncompile enters: name in tables -> passes, each with its options, joined by "+".
-        head: Of exits.
         images: Whether channels-last is worth trying.
         schedule: Changes to the schedule of training.
     """
@@ -95,7 +94,6 @@ class Task:
     widths: int
     depths: Callable[[int], int]
     strategies: tuple[str, ...]
-    head: str = "linear"
     images: bool = True
     schedule: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -262,7 +260,6 @@ TASKS = {
             widths=2,
             depths=lambda depth: 6 * max((depth - 2) // 12, 1) + 2,
             strategies=("early_exit", "layer_skip", "channel_gate", "layer_skip+early_exit"),
-            head="conv",
         ),
         Task(
             name="fashion-vit",

@@ -17,7 +17,9 @@ from dyncompile.placement import place, prefixes
 from dyncompile.shapes import module_flops
 from dyncompile.tails import clone_tail, tail_flops, tail_inputs, tail_start
 
-_HEADS = ("linear", "conv", "clone")
+_HEADS = ("auto", "linear", "conv", "clone")
+_DEAR = 0.03
+"""Share of the model's FLOPs above which "auto" takes no convolution."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,8 @@ class EarlyExit(Pass):
         exits: How many, placed to minimise the expected cost when the depth that a sample needs is
             uniform over the compute; or paths of modules after which to exit; or "all".
         head: "linear" (pool, norm, linear), "conv" (a small convolution before it), "clone" (a copy
-            of the model's own tail, where the shapes allow).
+            of the model's own tail, where the shapes allow); "auto": "conv" where the model gives one prediction an
+            image, the cut point is a feature map and the convolution costs little, else "linear".
         features: "last" reads the cut point alone; "dense" also the cut points of the earlier exits
             (MSDNet, arXiv 1703.09844).
         criterion: "max_softmax", "margin", "entropy", "patience" or a callable (logits `[N, K,
@@ -53,7 +56,7 @@ class EarlyExit(Pass):
     seeks: ClassVar[str] = "values between input and prediction that every path passes"
 
     exits: int | str | Sequence[str] = 3
-    head: str = "linear"
+    head: str = "auto"
     features: str = "last"
     criterion: str | Criterion = "max_softmax"
     reduction: str = "mean"
@@ -98,16 +101,17 @@ class EarlyExit(Pass):
             return
         depth = prefixes(graph)
         heads: dict[fx.Node, float] = {}
+        kinds: dict[fx.Node, str] = {}
         for node in graph.cut_points:
             try:
-                heads[node] = self._cost(graph, node, depth[node])
+                kinds[node], heads[node] = self._priced(graph, node, depth[node])
             except ArgumentError as error:
                 yield Refusal(node=node.name, reason=str(error))
         for i, node in enumerate(self._choose(list(heads), depth, heads)):
-            yield Site(name=f"exit{i}", node=node.name, data={"depth": round(depth[node], 4)})
+            yield Site(name=f"exit{i}", node=node.name, data={"depth": round(depth[node], 4), "head": kinds[node]})
 
-    def _cost(self, graph: Graph, node: fx.Node, depth: float) -> float:
-        """Share of the model's FLOPs that a head at a cut point costs.
+    def _priced(self, graph: Graph, node: fx.Node, depth: float) -> tuple[str, float]:
+        """The kind of a head at a cut point, and the share of the model's FLOPs that it costs.
 
         Raises:
             ArgumentError: No exit can be there; the message says why.
@@ -123,17 +127,23 @@ class EarlyExit(Pass):
         if late:
             expected = "outputs that are there at the exit; keep the prediction alone: prediction_only=True"
             raise ArgumentError("outputs", found=f"`{late}`, which is computed later", expected=expected)
-        clone = self.head == "clone"
-        if clone:
-            flops = tail_flops(graph, tail_start(graph, node))
-        else:
-            flops = module_flops(lambda: self._head(graph, [node]), self._inputs(graph, [node]))
-        share = flops / (graph.total_flops or 1.0)
+        kind = self.head
+        if kind == "auto":
+            mixes = self._feature(graph, node).spatial and len(spec(graph.final).shape) <= 2
+            kind = "conv" if mixes and self._share(graph, node, "conv") <= _DEAR else "linear"
+        share = self._share(graph, node, kind)
         if depth + share >= 1:
             raise ArgumentError(
                 "head", found="a head as dear as what an exit here could save", expected="a cheaper one"
             )
-        return share
+        return kind, share
+
+    def _share(self, graph: Graph, node: fx.Node, kind: str) -> float:
+        if kind == "clone":
+            flops = tail_flops(graph, tail_start(graph, node))
+        else:
+            flops = module_flops(lambda: self._head(graph, [node], kind), self._inputs(graph, [node]))
+        return flops / (graph.total_flops or 1.0)
 
     def _choose(
         self, candidates: list[fx.Node], depth: dict[fx.Node, float], heads: dict[fx.Node, float]
@@ -166,7 +176,7 @@ class EarlyExit(Pass):
         # The head of a token output needs no mask, but how sure it is of padding must not count.
         mask = token_mask(graph, node) if len(target.shape) == 3 else None
         module = Exit(
-            self._head(graph, [*cuts, node]),
+            self._head(graph, [*cuts, node], site.data.get("head", self.head)),
             criterion=self.criterion,
             reduction=self.reduction,
             class_dim=class_dim(target),
@@ -188,12 +198,12 @@ class EarlyExit(Pass):
         masks = [_mask(graph, node) for node in sources]
         return [n for pair in zip(sources, masks, strict=True) for n in pair if n is not None]
 
-    def _head(self, graph: Graph, sources: list[fx.Node]) -> nn.Module:
-        if self.head == "clone":
+    def _head(self, graph: Graph, sources: list[fx.Node], kind: str) -> nn.Module:
+        if kind == "clone":
             return clone_tail(graph, tail_start(graph, sources[0]))
         target = spec(graph.final)
         return build_head(
-            self.head,
+            kind,
             [self._feature(graph, node) for node in sources],
             target.shape,
             class_dim(target),

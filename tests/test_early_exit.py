@@ -188,7 +188,7 @@ def test_temperature_threshold_and_dtype(device, images):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"head": "cubic"}, r"`head`: found 'cubic'; expected one of \('linear', 'conv', 'clone'\)"),
+        ({"head": "cubic"}, r"`head`: found 'cubic'; expected one of \('auto', 'linear', 'conv', 'clone'\)"),
         ({"features": "all"}, "`features`: found 'all'"),
         ({"features": "dense", "head": "clone"}, "`features`: found 'dense'; expected 'last' with head='clone'"),
         (

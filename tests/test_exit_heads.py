@@ -9,6 +9,7 @@ from dyncompile.calibration.scores import _score
 from dyncompile.calibration.temperature import TEMPERATURES
 from dyncompile.errors import ArgumentError, PassError
 from dyncompile.nn.criteria import REDUCTIONS
+from dyncompile.nn.heads import ConvMixer
 from dyncompile.training import LearnedConfidence, MultiExit
 
 
@@ -36,6 +37,20 @@ def test_heads_of_images(device, images, head, features):
     assert widths == ([8, 16] if features == "dense" else [8, 8])
     assert (dyn.exits["exit0"].head.mixer is not None) == (head == "conv")
     assert dyn.trace(images).exits["exit1"].shape == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [(Net(blocks=8), "conv"), (Net(blocks=2), "linear"), (Net(blocks=8, tail="pixels"), "linear")],
+    ids=["cheap", "dear", "pixels"],
+)
+def test_a_head_is_a_convolution_where_that_costs_little(device, images, model, expected):
+    model, dyn = dynamic(model, images, device, exits=1)
+    exact_at_birth(model, dyn, images)
+    (site,) = dyn.recipe.steps[0].sites
+    assert site["data"]["head"] == expected
+    head = dyn.exits["exit0"].head
+    assert (isinstance(head.mixer, ConvMixer)) == (expected == "conv")
 
 
 @pytest.mark.parametrize("model", [Net(), Tokens("cls"), Tokens("mean")], ids=["images", "cls", "mean"])

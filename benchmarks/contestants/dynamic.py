@@ -105,9 +105,7 @@ class Dynamic(Contestant):
 
 def _pass(name: str, run: Run) -> Pass:
     """The pass; exits are given by module, so that every contestant that has exits has the same."""
-    options: dict[str, Any] = {}
-    if name == "early_exit":
-        options = {"exits": exit_paths(run), "head": run.task.head}
+    options: dict[str, Any] = {"exits": exit_paths(run)} if name == "early_exit" else {}
     return resolve(name, options)[0]
 
 

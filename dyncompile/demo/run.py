@@ -119,7 +119,7 @@ def run(settings: Settings, console: Console) -> dict[str, Row]:
     with _step(console, "convert"):
         torch.manual_seed(settings.seed)  # heads are drawn; a resumption has not trained before
         example = images.train.tensors[0][:2].to(settings.device)
-        dyn = dc.dynamize(static, "early_exit", head="conv", example_inputs=(example,))
+        dyn = dc.dynamize(static, "early_exit", example_inputs=(example,))
     dc.finetune(
         dyn,
         Augmented(images.train, mirror=images.mirror),

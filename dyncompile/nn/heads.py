@@ -37,6 +37,11 @@ class Feature:
         """Number of channels."""
         return self.shape[self.channel_dim]
 
+    @property
+    def spatial(self) -> bool:
+        """Whether it is a feature map `[N, C, H, W]`."""
+        return len(self.shape) == 4 and self.channel_dim == 1 and self.batch_dim == 0
+
 
 class Pool(nn.Module):
     """Features of one cut point to one vector a sample, `[N, C]`."""
@@ -198,8 +203,7 @@ def build_head(
     last = features[-1]
     if kind not in ("linear", "conv"):
         raise ArgumentError("head", found=repr(kind), expected="'linear', 'conv' or 'clone'")
-    spatial = len(last.shape) == 4 and last.channel_dim == 1 and last.batch_dim == 0
-    mixer = ConvMixer(last.channels, last.shape[2:]) if kind == "conv" and spatial else None
+    mixer = ConvMixer(last.channels, last.shape[2:]) if kind == "conv" and last.spatial else None
     if kind == "conv" and mixer is None:
         raise ArgumentError("head", found=f"'conv' on features {list(last.shape)}", expected="features [N, C, H, W]")
     if len(output) <= 2:

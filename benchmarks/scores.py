@@ -98,7 +98,7 @@ class Scoreboard(BaseModel):
         own = [score for score in self.scores if score.family == "dyncompile" and batch in score.seconds]
         best = max(own, key=lambda score: (score in front, score.accuracy))
         if best in front:
-            return f"Batch {batch}: on the frontier of accuracy and time: {', '.join(s.name for s in front)}."
+            return f"Batch {batch}: on the frontier of accuracy and time: {'; '.join(s.name for s in front)}."
         faster = next(score for score in front if score.accuracy_at(batch) >= best.accuracy)
         return f"Batch {batch}: dyncompile is not on the frontier: {faster.name} is at least as accurate, and faster."
 

@@ -93,14 +93,18 @@ class Scoreboard(BaseModel):
         return found
 
     def verdict(self, batch: int) -> str:
-        """Whether dyncompile is on the frontier, in words."""
+        """Whether dyncompile, and what combines strategies of it, is on the frontier, in words."""
         front = self.frontier(batch)
-        own = [score for score in self.scores if score.family == "dyncompile" and batch in score.seconds]
-        best = max(own, key=lambda score: (score in front, score.accuracy))
-        if best in front:
-            return f"Batch {batch}: on the frontier of accuracy and time: {'; '.join(s.name for s in front)}."
-        faster = next(score for score in front if score.accuracy_at(batch) >= best.accuracy)
-        return f"Batch {batch}: dyncompile is not on the frontier: {faster.name} is at least as accurate, and faster."
+        own = [score for score in front if score.family == "dyncompile"]
+        combined = [score for score in self.scores if " + " in score.name and batch in score.seconds]
+        found = f"Batch {batch}: on the frontier of accuracy and time: {'; '.join(score.name for score in front)}."
+        if not own:
+            found += " Nothing of dyncompile is."
+        if combined and not any(score in front for score in combined):
+            best = max(combined, key=lambda score: score.accuracy_at(batch))
+            faster = next(score for score in front if score.accuracy_at(batch) >= best.accuracy_at(batch))
+            found += f" Combined strategies are not: {faster.name} is at least as accurate as {best.name}, and faster."
+        return found
 
     def table(self) -> Table:
         """Every contestant."""

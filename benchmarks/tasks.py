@@ -57,8 +57,8 @@ class Sizes:
     Attributes:
         width: Of the static model.
         depth: Of the static model.
-        epochs: Of training a static model.
-        tuning: Epochs of fine-tuning.
+        epochs: Of training the static model that is converted.
+        tuning: Epochs of fine-tuning; static contestants are trained for both together.
         samples: To train on; None for all.
     """
 
@@ -139,19 +139,19 @@ class Run:
         torch.manual_seed(0)
         return self.task.make(whole, depth, tuple(self.splits.test.tensors[0].shape[1:]))
 
-    def fit(self, model: nn.Module) -> nn.Module:
+    def fit(self, model: nn.Module, epochs: int) -> nn.Module:
         """Train a static model in place, and return it in eval mode."""
         if self.splits.images is None:
-            return _fit_sequences(model, self).eval()
-        common = {"epochs": self.sizes.epochs, "batch_size": 128, "learning_rate": 0.1}
+            return _fit_sequences(model, self, epochs).eval()
+        common = {"epochs": epochs, "batch_size": 128, "learning_rate": 0.1}
         return train(model, self.splits.images, Schedule(**{**common, **self.task.schedule}))
 
 
-def _fit_sequences(model: nn.Module, run: Run) -> nn.Module:
+def _fit_sequences(model: nn.Module, run: Run, epochs: int) -> nn.Module:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, run.sizes.epochs)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(run.sizes.epochs):
+    for _ in range(epochs):
         for x, labels in DataLoader(run.splits.train, batch_size=64, shuffle=True, generator=generator):
             optimizer.zero_grad()
             F.cross_entropy(model(x), labels).backward()

@@ -186,11 +186,18 @@ def test_the_twin_is_the_fastest_form_and_no_other_model(board):
 
 def test_the_frontier_holds_whom_nobody_beats_at_that_batch_size(board):
     assert [s.name for s in board.frontier(1)] == ["by hand", "dyncompile, early exit"]
-    assert "on the frontier" in board.verdict(1)
     assert [s.name for s in board.frontier(64)] == ["by hand"]
-    assert board.verdict(64) == (
-        "Batch 64: dyncompile is not on the frontier: by hand is at least as accurate, and faster."
+
+
+def test_a_verdict_names_the_frontier_and_says_where_strategies_are_not_on_it(board):
+    assert board.verdict(1) == "Batch 1: on the frontier of accuracy and time: by hand; dyncompile, early exit."
+    assert board.verdict(64).endswith("by hand. Nothing of dyncompile is.")
+    board.scores.append(score("gates + exits", "dyncompile", 0.87, 0.3, 1.2))
+    assert board.verdict(1).endswith(
+        "Combined strategies are not: by hand is at least as accurate as gates + exits, and faster."
     )
+    board.scores = board.scores[:2]
+    assert board.verdict(1).endswith("static, inductor. Nothing of dyncompile is.")
 
 
 def test_streams_take_turns_and_keep_inputs_apart():
@@ -245,7 +252,7 @@ def test_documents_come_from_the_files_alone(board, tmp_path, needs):
     assert shown.startswith("before\n")
     assert shown.endswith("behind\n")
     assert "stale" not in shown
-    assert "not on the frontier" in shown
+    assert "Nothing of dyncompile is." in shown
     results = (tmp_path / "benchmarks" / "RESULTS.md").read_text()
     assert "| static, width 0.5 | 85.00% |" in results
     assert (folder / "toy-64.svg").is_file()

@@ -69,14 +69,14 @@ def flops(model: nn.Module, run: Run) -> float:
     return float(counter.get_total_flops())
 
 
-def trained(run: Run, name: str, *, width: float = 1.0, half: bool = False) -> nn.Module:
-    """A static model, trained or as it was kept."""
+def trained(run: Run, name: str, epochs: int, *, width: float = 1.0, half: bool = False) -> nn.Module:
+    """A static model in eval mode, trained or as it was kept."""
     model = run.build(width=width, half=half)
     path = run.folder / f"{name}.safetensors"
     if path.exists():
         model.load_state_dict(load_file(path))
         return model.eval()
-    run.fit(model)
+    run.fit(model, epochs)
     with drafted(path) as draft:
         save_file({key: value.contiguous() for key, value in model.state_dict().items()}, draft)
     return model.eval()

@@ -9,15 +9,14 @@ import torch
 from torch import nn
 
 import dyncompile as dc
-from benchmarks.contestants.contestant import BATCH, Contestant, Forms
-from benchmarks.contestants.static import Static
+from benchmarks.contestants.contestant import BATCH, Contestant, Forms, trained
 from benchmarks.tasks import Run
 from dyncompile.passes import Pass, resolve
 
 DROP = 0.01
 """Accuracy that calibration may lose, as a share of all samples."""
-COST = 0.6
-"""What gates are fine-tuned to."""
+COST, BEFORE_EXITS = 0.6, 0.85
+"""What gates are fine-tuned to: alone, and where exits leave less for them to save."""
 _EXITS = {"early_exit"}
 _CURVE, _GATED_CURVE = (0.65, 0.5), (0.5, 0.35)
 """Costs that exits, without gates and with them, are calibrated for beside: a curve is seen, and not a point."""
@@ -50,7 +49,7 @@ class Dynamic(Contestant):
         return f"dyncompile, {self.strategy.replace('_', ' ').replace('+', ' + ')}{cost}"
 
     def model(self, run: Run) -> dc.DynamicModule:
-        static, folder = Static().model(run), run.folder / self.slug
+        static, folder = trained(run, "converted", run.sizes.epochs), run.folder / self.slug
         if (folder / "recipe.json").exists():
             kept: dc.DynamicModule = dc.load(folder, static).eval()
             return kept
@@ -64,7 +63,8 @@ class Dynamic(Contestant):
         dyn = dc.dynamize(static, passes, example_inputs=run.splits.test.tensors[0][:2])
         if run.task.images:
             dyn.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        options: dict[str, Any] = {"target_cost": COST} if set(names) - _EXITS else {}
+        gates, exits = set(names) - _EXITS, set(names) & _EXITS
+        options: dict[str, Any] = {"target_cost": BEFORE_EXITS if exits else COST} if gates else {}
         dc.finetune(
             dyn,
             run.splits.train,
@@ -80,7 +80,7 @@ class Dynamic(Contestant):
             **options,
         )
         dyn.eval()
-        if set(names) & _EXITS:
+        if exits:
             self._calibrate(dyn, run)
         dc.save(dyn, folder)
         return dyn

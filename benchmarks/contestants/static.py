@@ -1,4 +1,7 @@
-"""Static models: the one that all others are compared with, in each of its forms, and smaller ones trained the same."""
+"""Static models: the one that all others are compared with, in each of its forms, and smaller ones trained the same.
+
+They are trained for as many epochs as a dynamic model gets in two stages, static and fine-tuned.
+"""
 
 import copy
 import dataclasses
@@ -42,7 +45,9 @@ class Static(Contestant):
         return self.half or self.width != 1
 
     def model(self, run: Run) -> nn.Module:
-        return trained(run, f"static-{self.width}{'-half' if self.half else ''}", width=self.width, half=self.half)
+        epochs = run.sizes.epochs + run.sizes.tuning
+        name = f"static-{self.width}{'-half' if self.half else ''}"
+        return trained(run, name, epochs, width=self.width, half=self.half)
 
     def forms(self, model: nn.Module, run: Run, *, compilers: bool) -> Forms:
         found = laid_out(model, images=run.task.images)

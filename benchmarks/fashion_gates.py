@@ -57,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--together", action="store_true", help="gates and exits in one fine-tuning")
     parser.add_argument("--static-epochs", type=int, default=8)
     parser.add_argument("--lr", type=float, default=5e-3)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on")
+    parser.add_argument("--seed", type=int, action="append", help="only this one; may be given again")
     parser.add_argument("--data", default="fashion-mnist")
     parser.add_argument("--samples", type=int, help="train on so many, to see whether everything runs")
     parser.add_argument("--cache", type=Path, default=Path("fashion-gates"), help="static weights, stopped runs")
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "fine-tuning": f"{options.epochs} epochs, lr {options.lr}, target cost {options.target_cost}",
         },
     )
-    found = [one_seed(static, images, options, seed) for seed in range(options.seeds)]
+    found = [one_seed(static, images, options, seed) for seed in options.seed or range(options.seeds)]
     summarise(report, options.strategy, options.target_cost, reference, found)
     report.write(options.out)
     print(report.markdown())

@@ -43,7 +43,8 @@ class Trace:
             `[N, K]` weights, differentiable. Where a sample owns r tokens or frames: `[N, r]`, a route `[N, r, K]`.
             Beside them as `steps0`, ... which steps packed sequences have, `[N, T]` bool.
         probabilities: Per gate, what its policy gave before anything was drawn: shaped as in training.
-        cost: `[N]`, expected cost of each sample; 1.0 = the static model on it. Differentiable in training.
+        cost: `[N]`, expected cost of each sample by itself, as at batch 1; 1.0 = the static model on it. Differentiable
+            in training.
         owners: For each decision the exit or gate that makes it; "" for the user's own.
         routes: For each decision that is a route the number of its arms.
         within: For each decision about the steps of packed sequences the name of the one that says which are there.

@@ -20,6 +20,7 @@ from dyncompile.ops import SWITCH
 from dyncompile.passes.base import Pass, Refusal, Site
 from dyncompile.shapes import module_flops
 from dyncompile.standing import decide, stand_in
+from dyncompile.values import share, whole
 
 aten = torch.ops.aten
 
@@ -88,18 +89,17 @@ class ChannelGate(Pass):
     def __post_init__(self) -> None:
         if self.granularity not in ("levels", "channel"):
             raise ArgumentError("granularity", found=repr(self.granularity), expected="'levels' or 'channel'")
-        if self.keep is not None and (self.granularity != "channel" or not 0 < self.keep < 1):
+        number: Any = self.keep
+        if number is not None and (self.granularity != "channel" or not 0 < share("keep", number) < 1):
             raise ArgumentError("keep", found=self.keep, expected="a share in (0, 1), with granularity='channel'")
         given: Any = self.levels
-        shares = list(given) if isinstance(given, list | tuple) else []
+        shares = [share("levels", level) for level in given] if isinstance(given, list | tuple) else []
         ascending = all(a < b for a, b in zip([0.0, *shares], shares, strict=False))
         if len(shares) < 2 or not ascending or shares[-1] != 1:
             raise ArgumentError("levels", found=repr(self.levels), expected="at least two ascending shares up to 1.0")
         for argument, value in (("chain", self.chain), ("hidden", self.hidden)):
-            number: Any = value
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise ArgumentError(argument, found=repr(value), expected="a number >= 1")
-        if not 0 <= self.worth < 1:
+            whole(argument, value, least=1)
+        if not share("worth", self.worth) < 1:
             raise ArgumentError("worth", found=self.worth, expected="a share in [0, 1)")
         if self.norm not in _NORMS:
             raise ArgumentError("norm", found=repr(self.norm), expected=f"one of {_NORMS}")

@@ -298,6 +298,18 @@ def test_grid_spans_open_as_trained_and_closed(strategy, most):
     assert_unchanged(dyn, before)
 
 
+def test_the_grid_runs_no_sample_that_may_be_held_out():
+    dyn, (x, _) = gated()
+    chosen = torch.zeros(len(x), dtype=torch.bool)
+    chosen[[1, 4, 5]] = True
+    sizes = []
+    trace = dyn.trace
+    dyn.trace = lambda *args: sizes.append(len(args[0])) or trace(*args)
+    with torch.no_grad():
+        grid(dyn, gate_groups(dyn), [(x, chosen), (x, torch.zeros_like(chosen))], torch.device("cpu"))
+    assert set(sizes) == {3}
+
+
 def test_the_grid_looks_at_no_sample_that_may_be_held_out():
     dyn, (x, _) = gated()
     groups, chosen = gate_groups(dyn), torch.rand(len(x)) < 0.3

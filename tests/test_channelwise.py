@@ -7,6 +7,7 @@ from torch import nn
 import dyncompile as dc
 from dyncompile.capture import capture
 from dyncompile.errors import ArgumentError
+from dyncompile.kernel_costs import KernelCosts, assumed
 from dyncompile.passes import Refusal
 from dyncompile.passes.channel_gate import ChannelGate
 from dyncompile.shapes import flop_counter
@@ -103,15 +104,15 @@ def test_exact_at_birth(model):
 
 
 @pytest.mark.parametrize("keep", [None, 0.25])
-def test_lowered_equals_reference_and_computes_open_channels_only(model, keep, monkeypatch):
+def test_lowered_equals_reference_and_computes_open_channels_only(model, keep):
     static, inputs = model
     dyn = enabled(convert(static, inputs, keep=keep), inputs)
     fast = dc.lower(dyn, backend="eager", decline=False)
     for batch in (1, 2, 7, 33):
         for calls in (0.0, 1e12):  # each sample by itself where open channels differ; all together
-            monkeypatch.setattr("dyncompile.nn.ragged.CALL_FLOPS", calls)
             x = inputs(batch)
-            with torch.no_grad(), flop_counter() as counter:
+            costs = KernelCosts(call=calls, unit=1.0, gathered=1.0)
+            with torch.no_grad(), flop_counter() as counter, assumed(costs):
                 output = fast(x)
             with torch.no_grad():
                 trace = dyn.trace(x)

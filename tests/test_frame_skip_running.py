@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import dyncompile as dc
 from dyncompile.capture import capture
 from dyncompile.capture.recurrent import KERNELS, RecurrentLayer
+from dyncompile.kernel_costs import KernelCosts, assumed
 from dyncompile.nn import SkippingLayer
-from dyncompile.nn.ragged import CALL_FLOPS
 from dyncompile.passes import Refusal, Site
 from dyncompile.passes.frame_skip import FrameSkip
 from dyncompile.testing import forced
@@ -42,32 +42,32 @@ def test_kernels_run_over_the_kept_steps(kind, reads, calls, device):
     enable(dyn)
     fast = dc.lower(dyn, "eager")
     x, mask = sequences(33, model, device), kept(33, STEPS, device)
-    calls.clear()
-    with forced(fast, {"frames0": mask}):
-        fast(x)
-    assert fast.last_run == {"always": 33, "frames0": int(mask.sum())}
-    if reads == ("c",):
-        assert sum(calls) == mask.sum(), "final cell states want every sample to end where a call does"
-    else:
-        weights = sum(p.numel() for n, p in model.rnn.named_parameters() if n.startswith("weight"))
-        waste = CALL_FLOPS / (2 * weights) * len(calls)
-        assert mask.sum() <= sum(calls) <= min(mask.sum() + waste, 33 * int(mask.sum(1).max()))
-    calls.clear()
-    with forced(fast, {"frames0": 0.0}):
-        fast(x)
-    assert not calls
-    with forced(fast, {"frames0": 1.0}):
-        fast(x)
-    assert calls == [33 * STEPS]
+    worth = 40.0  # steps of a sample take as long as a call
+    with assumed(KernelCosts(call=worth, unit=1.0, gathered=1.0)):
+        calls.clear()
+        with forced(fast, {"frames0": mask}):
+            fast(x)
+        assert fast.last_run == {"always": 33, "frames0": int(mask.sum())}
+        if reads == ("c",):
+            assert sum(calls) == mask.sum(), "final cell states want every sample to end where a call does"
+        else:
+            most = min(mask.sum() + worth * len(calls), 33 * int(mask.sum(1).max()))
+            assert mask.sum() <= sum(calls) <= most
+        calls.clear()
+        with forced(fast, {"frames0": 0.0}):
+            fast(x)
+        assert not calls
+        with forced(fast, {"frames0": 1.0}):
+            fast(x)
+        assert calls == [33 * STEPS]
 
 
 def test_stretches_waste_less_than_calls_would_cost(calls, device):
-    """A wide layer makes it worth a call more where samples end."""
-    rnn = nn.GRU(256, 256, batch_first=True).to(device)
+    rnn = nn.GRU(6, 5, batch_first=True).to(device)
     layer = SkippingLayer(RecurrentLayer(rnn)).lowered()
-    x = torch.randn(16, 40, 256, device=device)
+    x = torch.randn(16, 40, 6, device=device)
     mask = torch.arange(40, device=device) < torch.tensor([1] * 4 + [2] * 10 + [40] * 2, device=device).unsqueeze(1)
-    with torch.no_grad():
+    with torch.no_grad(), assumed(KernelCosts(call=5.0, unit=1.0, gathered=1.0)):
         layer(None, mask.flatten(), x, None, *rnn.parameters())
     assert len(calls) == 2
     assert sum(calls) == 2 * 16 + 38 * 2

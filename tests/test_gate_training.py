@@ -122,6 +122,8 @@ def test_the_rate_is_that_at_which_the_cost_is_the_target(dyn, device):
             r"`target_cost`: found 0.01; expected above 0.\d+, what runs when every gate is closed",
         ),
         ({"target_cost": 1.5}, "and at most 1.0"),
+        ({"target_cost": "0.5"}, "`target_cost`: found '0.5'; expected a number above 0"),
+        ({"target_cost": True}, "`target_cost`: found True"),
         ({"warmup": 0.7, "settled": 0.5}, "expected 0 <= warmup <= settled <= 1"),
         ({"margin": 1.0}, r"`margin`: found 1.0; expected a share in \[0, 1\)"),
         ({"cost_weight": -1}, "`cost_weight`: found -1"),
@@ -132,6 +134,11 @@ def test_the_rate_is_that_at_which_the_cost_is_the_target(dyn, device):
 def test_schedules_that_mean_nothing_are_refused(dyn, options, message):
     with pytest.raises(ArgumentError, match=message):
         GateSchedule(dyn, **{"target_cost": 0.6, **options})
+
+
+def test_gates_that_nothing_trains_are_named(born):
+    with pytest.warns(UserWarning, match="gates stay switched off: target_cost=0.6 would train them"):
+        finetune(born, epochs=1)
 
 
 def test_a_target_needs_gates(static):

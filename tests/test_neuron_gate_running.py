@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import dyncompile as dc
 from dyncompile.demand import specialise, stands_in
 from dyncompile.errors import ArgumentError
+from dyncompile.kernel_costs import FREE, KernelCosts, assumed
 from dyncompile.nn.neurons import GatedNeurons
-from dyncompile.nn.ragged import free_calls
 from dyncompile.passes.early_exit import EarlyExit
 from dyncompile.passes.layer_skip import LayerSkip
 from dyncompile.passes.neuron_gate import NeuronGate
@@ -132,7 +132,7 @@ def test_lowered_is_the_reference_and_runs_what_is_counted(converted, kind, opti
     fast.relower()
     trace = dyn.trace(*x)
     torch.testing.assert_close(fast(*x), trace.output, rtol=1e-5, atol=1e-5)
-    with FlopCounterMode(display=False) as counter, free_calls():
+    with FlopCounterMode(display=False) as counter, assumed(FREE):
         found = fast(*x)
     torch.testing.assert_close(found, trace.output, rtol=1e-5, atol=1e-5)
     assert fast.plan.dense == {}
@@ -158,7 +158,7 @@ def test_forced_groups(converted, kind, batch):
     for shares in ({"neurons0": mask}, {"neurons0": torch.zeros_like(mask)}, {"neurons0": 0.5}):
         with forced(dyn, shares):
             trace = dyn.trace(*x)
-        with forced(fast, shares), FlopCounterMode(display=False) as counter, free_calls():
+        with forced(fast, shares), FlopCounterMode(display=False) as counter, assumed(FREE):
             found = fast(*x)
         torch.testing.assert_close(found, trace.output, rtol=1e-5, atol=1e-6)
         assert not torch.allclose(found, whole)
@@ -168,7 +168,7 @@ def test_forced_groups(converted, kind, batch):
         torch.testing.assert_close(fast(*x), whole, rtol=1e-5, atol=1e-6)
 
 
-def test_what_takes_less_time_is_run(converted, monkeypatch):
+def test_what_takes_less_time_is_run(converted):
     _, dyn, inputs = converted("mlp")
     dyn.gates["neurons0"].enabled.fill_(True)
     fast = dc.lower(dyn, "eager")
@@ -177,9 +177,8 @@ def test_what_takes_less_time_is_run(converted, monkeypatch):
     mask[:4, 0] = mask[4:, 3] = True
     counted = {}
     for calls in (0.0, 1e12):
-        monkeypatch.setattr("dyncompile.nn.ragged.CALL_FLOPS", calls)
-        monkeypatch.setattr("dyncompile.nn.ragged.MOVE_FLOPS", 0.0)
-        with forced(fast, {"neurons0": mask}), FlopCounterMode(display=False) as counter:
+        costs = KernelCosts(call=calls, unit=1.0, gathered=1.0)
+        with forced(fast, {"neurons0": mask}), FlopCounterMode(display=False) as counter, assumed(costs):
             found = fast(*x)
         with forced(dyn, {"neurons0": mask}):
             torch.testing.assert_close(found, dyn(*x), rtol=1e-5, atol=1e-6)
@@ -376,7 +375,7 @@ def test_what_is_no_number_stays_in_closed_groups(converted):
     mask[0, 1] = mask[:, 0] = True
     with torch.no_grad():
         dyn.get_parameter("0.weight")[10:20] = float("inf")  # the neurons of group 1, which only one sample opens
-        for calls in (contextlib.nullcontext(), free_calls()):
+        for calls in (contextlib.nullcontext(), assumed(FREE)):
             with forced(dyn, {"neurons0": mask}), forced(fast, {"neurons0": mask}), calls:
                 found, expected = fast(*x), dyn(*x)
             assert expected[1:].isfinite().all()

@@ -17,8 +17,8 @@ import dyncompile as dc
 from dyncompile.capture.recurrent import KERNELS
 from dyncompile.data import as_loader
 from dyncompile.errors import ExportError, PassError
+from dyncompile.kernel_costs import FREE, assumed
 from dyncompile.nn.gates import Standardise
-from dyncompile.nn.ragged import free_calls
 from dyncompile.passes.early_exit import EarlyExit
 from dyncompile.passes.frame_skip import FrameSkip
 from dyncompile.shapes import flop_counter
@@ -80,7 +80,7 @@ def test_lowered_equals_reference_and_static_where_all_is_kept(kind, reads, opti
             continue
         real = torch.arange(STEPS, device=device) < lengths.unsqueeze(1)
         for mask in (kept(count, STEPS, device), 0.5, 0.0, 1.0):
-            with forced(dyn, {"frames0": mask}), forced(fast, {"frames0": mask}), torch.no_grad(), free_calls():
+            with forced(dyn, {"frames0": mask}), forced(fast, {"frames0": mask}), torch.no_grad(), assumed(FREE):
                 trace = dyn.trace(x, lengths)
                 calls.clear()
                 torch.testing.assert_close(fast(x, lengths), trace.output, rtol=0, atol=1e-5)
@@ -186,7 +186,7 @@ def test_cost_is_relative_to_the_static_model_on_the_sample(device):
     dyn.eval()
     fast = dc.lower(dyn, "eager")
     trace = dyn.trace(x, lengths)
-    with flop_counter() as counter, torch.no_grad(), free_calls():
+    with flop_counter() as counter, torch.no_grad(), assumed(FREE):
         fast(x, lengths)
     with FlopCounterMode(display=False) as static, torch.no_grad():
         model(x, lengths)

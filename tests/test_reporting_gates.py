@@ -44,6 +44,10 @@ def test_kept_frames_are_marked_next_to_the_sequence(shape):
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles == ["class 4, 20 % kept", "class 6, 40 % kept", "class 5, 100 % kept"]
     assert [len(axes.patches) for axes in figure.axes] == [1, 2, 5]
+    ran[2, 3:] = np.nan
+    figure = kept_frames(usage({"frames": ran}, examples=examples))
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["20 % kept", "67 % kept", "100 % kept"]
+    assert [len(line.get_xdata()) for line in figure.axes[1].lines[:1]] in ([], [3]), "padding is not drawn"
     assert kept_frames(usage({"frames": ran})) is None
     with pytest.raises(ArgumentError, match="decision"):
         kept_frames(usage({"frames": ran}), decision="other")

@@ -123,11 +123,12 @@ def grid(
         apart = [tuple(OPEN if i == j else 0.0 for j in range(count)) for i in range(count)]
         return list(dict.fromkeys([opened, born, *apart]))
     columns = []
+    samples = [part for inputs, chosen in batches if (part := _only(dyn, inputs, chosen)) is not None]
     for index in range(count):
 
         def cost_at(bias: float, index: int = index) -> float:
             with turned(dyn, groups, (*born[:index], bias, *born[index + 1 :])):
-                return _mean_cost(dyn, batches, device)
+                return _mean_cost(dyn, samples, device)
 
         columns.append([OPEN, 0.0, *(spread(cost_at, levels - 2) if levels > 2 else ())])
     return list(dict.fromkeys([opened, born, *itertools.product(*columns)]))
@@ -163,16 +164,26 @@ def spread(cost_at: Callable[[float], float], count: int) -> list[float]:
     return sorted(set(found) - {0.0})
 
 
-def _mean_cost(dyn: DynamicModule, batches: Sequence[tuple[Inputs, Tensor]], device: torch.device) -> float:
-    total, counted = 0.0, 0
-    for inputs, chosen in batches:
+def _only(dyn: DynamicModule, inputs: Inputs, chosen: Tensor) -> Inputs | None:
+    """Some samples of a batch; None if there are none."""
+    rows = chosen.nonzero().view(-1)
+    tensors = call(lambda *args, **kwargs: dyn.graph.bind(args, kwargs), inputs)
+    dims = {id(t): dim for t, dim in zip(tensors, dyn.graph.batch_dims, strict=True) if dim is not None}
+    picked: Inputs = tree_map_only(
+        Tensor, lambda t: t.index_select(dims[id(t)], rows.to(t.device)) if id(t) in dims else t, inputs
+    )
+    return picked if len(rows) else None
+
+
+def _mean_cost(dyn: DynamicModule, batches: Sequence[Inputs], device: torch.device) -> float:
+    costs = []
+    for inputs in batches:
         moved: Any = tree_map_only(Tensor, lambda t: t.to(device), inputs)
         trace = call(dyn.trace, moved)
         gates = {name: value for name, value in trace.decisions.items() if name not in dyn.exits}
         ends = {name: torch.zeros(len(trace.cost), dtype=torch.bool, device=device) for name in dyn.exits}
-        cost = dyn.cost_model([]).expected(gates | ends).expand(len(chosen))[chosen.to(device)]
-        total, counted = total + float(cost.double().sum()), counted + int(chosen.sum())
-    return total / counted if counted else math.nan
+        costs.append(dyn.cost_model([]).expected(gates | ends).double().expand(len(trace.cost)))
+    return float(torch.cat(costs).mean()) if costs else math.nan
 
 
 def _gates(dyn: DynamicModule, names: Sequence[str]) -> list[Gate]:

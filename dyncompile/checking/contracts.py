@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from dyncompile.capture.check import distance, same, undisturbed
 from dyncompile.checking.deciding import BATCHES, drawn, samples
+from dyncompile.kernel_costs import FREE, assumed
 from dyncompile.lowering import LoweredModule
 from dyncompile.module import DynamicModule, decision_routes
-from dyncompile.nn.ragged import free_calls
 from dyncompile.shapes import flop_counter
 from dyncompile.testing import forced
 
@@ -177,7 +177,7 @@ def lowered_runs(
     for batch in batches:
         args, kwargs = samples(dyn, batch, of=max(batches))
         for decided, choice in (("the model's own decisions", {}), ("drawn decisions", drawn(dyn, batch))):
-            with torch.no_grad(), free_calls(), forced(dyn, choice), forced(fast, choice):
+            with torch.no_grad(), assumed(FREE), forced(dyn, choice), forced(fast, choice):
                 trace = dyn.trace(*args, **kwargs)
                 with flop_counter() as counter:
                     output = fast(*args, **kwargs)

@@ -119,6 +119,7 @@ class _Program:
 
     Attributes:
         run: Takes a list of the batch size and the tensors, and empties it.
+        wrapped: Whether the code that calls the kernels is C++, which reads the batch size from a tensor.
         symbol: The batch size, a sympy symbol.
         guards: What was assumed of it, sympy relations.
         only: The one batch size that it serves, where there is only one.
@@ -128,6 +129,7 @@ class _Program:
     """
 
     run: Callable[[list[Any]], Sequence[Tensor]]
+    wrapped: bool
     symbol: Any
     guards: tuple[Any, ...]
     only: int | None
@@ -139,6 +141,19 @@ class _Program:
         if self.only is not None:
             return batch == self.only
         return all(guard.subs(self.symbol, batch) for guard in self.guards)
+
+    def at(self, batch: int) -> Callable[[list[Any]], Sequence[Tensor]]:
+        """`run` for one batch size."""
+        if not self.wrapped:
+            return self.run
+        # Else it would make a tensor of the number in every call, which takes longer than a small kernel.
+        run, size = self.run, torch.tensor(batch)
+
+        def sized(arguments: list[Any]) -> Sequence[Tensor]:
+            arguments[0] = size
+            return run(arguments)
+
+        return sized
 
     def of(self, weights: Sequence[Tensor]) -> "_Program":
         """The same program of other weights."""
@@ -225,8 +240,8 @@ class CompiledSegment:
             if not program.guards and program.only is None:
                 self._segment = self._weights = self._like = None  # no other program will be needed
             program = next((p for p in self._programs if p.serves(batch)), program)
-        self.serving[batch] = program.run
-        return program.run
+        self.serving[batch] = program.at(batch)
+        return self.serving[batch]
 
     def _for_others(self, batch: int) -> _Program:
         """A program for other batch sizes than one at which sizes that inductor compares are equal by chance.
@@ -301,6 +316,7 @@ class CompiledSegment:
         guards = tuple(guard.expr for guard in env.guards if not _picks_eager_kernel(guard))
         return _Program(
             run=code[0].current_callable,
+            wrapped=bool(patches["cpp_wrapper"]),
             symbol=symbol,
             guards=guards,
             only=hint if symbol in env.replacements else None,

@@ -1,14 +1,13 @@
 """Seconds, measured: of segments and conditionals, to decline what cannot pay and to cost regions by the clock."""
 
-import time
-from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
 
 from dyncompile.graph import spec
+from dyncompile.kernel_costs import seconds
 from dyncompile.lowering.plan import Block, Conditional, Plan, Segment
 from dyncompile.lowering.runtime import Segments, gather, merge
 
@@ -16,23 +15,8 @@ if TYPE_CHECKING:
     from dyncompile.module import DynamicModule
 
 _BATCH = 16
-_REPEATS = 5
 
 Values = dict[fx.Node, Tensor]
-
-
-def seconds(call: Callable[[], Any], device: torch.device, repeats: int = _REPEATS) -> float:
-    """The shortest of a few runs: the one that least else disturbed."""
-    best = float("inf")
-    for _ in range(repeats + 1):  # the first one warms up
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return best
 
 
 def unprofitable(plan: Plan, segments: Segments, values: Values) -> dict[str, str]:

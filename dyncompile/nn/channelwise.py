@@ -1,13 +1,16 @@
 """Channels that are computed one by one: each sample reads those that its gate opens."""
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
 
-from dyncompile.nn import ragged
+from dyncompile.kernel_costs import KernelCosts, kernel_costs, seconds
 
 Results = tuple[Tensor, ...]
+
+_SAMPLES = 4
 
 
 def entries_of(index: Tensor, entries: int) -> Tensor:
@@ -104,7 +107,7 @@ class GatheredChannels(nn.Module):
     """The same in evaluation: the weights of open channels are gathered, and nothing else is computed.
 
     The samples of a batch run together on the channels that any of them opens, or in groups that open the same ones,
-    whichever takes less time by the FLOPs of either and the calls of its kernels.
+    whichever takes less time, as was measured when samples first opened different channels.
 
     Args:
         dense: Whose body and results it has.
@@ -113,7 +116,7 @@ class GatheredChannels(nn.Module):
     def __init__(self, dense: GatedChannels) -> None:
         super().__init__()
         self.dense = dense
-        self.kernels = sum(node.op.startswith("call") for node in dense.body.graph.nodes)
+        self._known: dict[Hashable, KernelCosts] = {}
         self.eval()
 
     def forward(self, static: None, decision: Tensor, *values: Tensor) -> Results:  # noqa: ARG002 - as in the dense form
@@ -122,10 +125,12 @@ class GatheredChannels(nn.Module):
         if torch.compiler.is_exporting() or len(opened) == 1:
             return self._run(opened, values)
         patterns, group, sizes = opened.unique(dim=0, return_inverse=True, return_counts=True)
-        part, calls = self.dense.flops / self.dense.parts, self.kernels * ragged.CALL_FLOPS
-        together = part * len(opened) * int(opened.any(0).count_nonzero()) + calls
-        if len(patterns) > 1 and part * int((patterns.sum(1) * sizes).sum()) + calls * len(patterns) < together:
-            return self._grouped(opened, group.argsort(stable=True).split(sizes.tolist()), values)
+        if len(patterns) > 1:
+            costs = kernel_costs(self._known, None, values[0], partial(self._measured, values))
+            together = costs.call + costs.unit * len(opened) * int(opened.any(0).count_nonzero())
+            apart = costs.call * len(patterns) + costs.gathered * int((patterns.sum(1) * sizes).sum())
+            if apart < together:
+                return self._grouped(opened, group.argsort(stable=True).split(sizes.tolist()), values)
         return self._run(opened, values)
 
     def _grouped(self, opened: Tensor, groups: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> Results:
@@ -147,3 +152,17 @@ class GatheredChannels(nn.Module):
         index = (read | (first & ~read.any())).nonzero().view(-1)
         torch._check(index.shape[0] >= 1)  # for who traces this
         return self.dense.body(index, opened.index_select(1, index), *values)  # type: ignore[no-any-return]
+
+    def _measured(self, values: tuple[Tensor, ...]) -> KernelCosts:
+        """Seconds of a call, and more for each part of a sample."""
+
+        def run(samples: int, parts: int) -> float:
+            first = torch.zeros(samples, dtype=torch.int64, device=values[0].device)
+            pairs = zip(values, self.dense.values, strict=True)
+            own = tuple(v if dim is None else v.index_select(dim, first) for v, dim in pairs)
+            opened = torch.arange(self.dense.parts, device=first.device).expand(samples, -1) < parts
+            return seconds(partial(self._run, opened, own), first.device)
+
+        call, whole = run(1, 1), run(_SAMPLES, self.dense.parts)
+        unit = max(whole - call, 0.0) / (_SAMPLES * self.dense.parts)
+        return KernelCosts(call=call, unit=unit, gathered=unit)

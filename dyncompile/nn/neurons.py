@@ -2,12 +2,13 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
 
-from dyncompile.nn import ragged
+from dyncompile.kernel_costs import KernelCosts, kernel_costs, seconds
 from dyncompile.nn.channelwise import Results
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -211,7 +212,7 @@ class GatheredNeurons(nn.Module):
     """The same in evaluation, of open groups alone.
 
     Together, all rows run the groups that any of them opens; apart, each group runs on the rows that open it. What
-    takes less time is taken, by the FLOPs of either, the calls of its kernels and what these move.
+    takes less time is taken, as either was measured when rows first opened different groups.
 
     Args:
         dense: Whose parts it has.
@@ -220,9 +221,9 @@ class GatheredNeurons(nn.Module):
     def __init__(self, dense: GatedNeurons) -> None:
         super().__init__()
         self.dense = dense
-        self.kernels = len(dense.biased) + 2 + sum(node.op.startswith("call") for node in dense.act.graph.nodes)
         self.frozen = False
         self._kept: _Parts | None = None
+        self._known: dict[Hashable, KernelCosts] = {}
         self.eval()
 
     def freeze(self) -> None:
@@ -240,7 +241,7 @@ class GatheredNeurons(nn.Module):
             return (dense.layout.restored(self._apart(rows, groups, parts), x),)
         counts: list[int] = decision.tolist() if len(opened) == 1 else opened.sum(0).tolist()
         used = [g for g, count in enumerate(counts) if count]
-        if self._pays(rows, counts, parts.whole):
+        if self._pays(rows, counts, parts):
             picked = opened.t().nonzero()[:, 1].split([counts[g] for g in used])
             found = self._apart(rows, list(zip(used, picked, strict=True)), parts)
         elif used:
@@ -253,16 +254,33 @@ class GatheredNeurons(nn.Module):
             found = _constant(rows, parts.whole)
         return (dense.layout.restored(found, x),)
 
-    def _pays(self, rows: Tensor, counts: list[int], whole: NeuronWeights) -> bool:
+    def _pays(self, rows: Tensor, counts: list[int], parts: "_Parts") -> bool:
         """Whether groups apart take less time."""
-        samples, positions, channels = rows.shape
+        samples = len(rows)
         used = sum(count > 0 for count in counts)
         if sum(counts) == used * samples:
             return False
-        made = whole.second.shape[1]
-        flops = 2 * self.dense.size * (len(whole.firsts) * channels + made)
-        apart = positions * sum(counts) * (flops + (channels + made) * ragged.MOVE_FLOPS)
-        return bool(apart + used * self.kernels * ragged.CALL_FLOPS < positions * samples * used * flops)
+        costs = kernel_costs(self._known, rows.shape[1:], rows, partial(self._measured, rows[:1], parts))
+        return used * costs.call + sum(counts) * costs.gathered < costs.call + samples * used * costs.unit
+
+    def _measured(self, row: Tensor, parts: "_Parts") -> KernelCosts:
+        """Seconds of a call, and more for each group of a row."""
+        samples = max(2, -(-_FEW // row.shape[1]))
+        rows = row.expand(samples, -1, -1).contiguous()
+        first, every = (torch.arange(len(x), device=x.device) for x in (row, rows))
+        call, apart, together = (
+            seconds(run, row.device)
+            for run in (
+                partial(self._apart, row, [(0, first)], parts),
+                partial(self._apart, rows, [(0, every)], parts),
+                partial(self.dense.together, rows, [parts.whole], None),
+            )
+        )
+        return KernelCosts(
+            call=call,
+            unit=max(together - call, 0.0) / (samples * self.dense.groups),
+            gathered=max(apart - call, 0.0) / samples,
+        )
 
     def _apart(self, rows: Tensor, groups: Sequence[tuple[int, Tensor]], parts: "_Parts") -> Tensor:
         """Groups, each on its own rows `[r]`."""

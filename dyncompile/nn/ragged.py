@@ -1,31 +1,19 @@
 """Sequences of which each sample keeps some steps, run by torch's own recurrent kernels over those steps alone."""
 
 from bisect import bisect_left
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterator, Sequence
+from functools import partial
 from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
 from dyncompile.capture.recurrent import KERNELS, RecurrentLayer
+from dyncompile.kernel_costs import KernelCosts, kernel_costs, seconds
 
-CALL_FLOPS = 4e6
-"""FLOPs that a kernel could do in the time that calling it takes: the order of magnitude on one CPU core."""
+_SAMPLES, _STEPS = 8, 16
 
-MOVE_FLOPS = 70.0
-"""FLOPs that a kernel could do in the time that gathering a number, or adding it to another, takes on one CPU core."""
-
-
-@contextmanager
-def free_calls() -> Iterator[None]:
-    """Calls and moves cost nothing while the context is open: nothing that a sample skips is run to save one."""
-    global CALL_FLOPS, MOVE_FLOPS
-    before, (CALL_FLOPS, MOVE_FLOPS) = (CALL_FLOPS, MOVE_FLOPS), (0.0, 0.0)
-    try:
-        yield
-    finally:
-        CALL_FLOPS, MOVE_FLOPS = before
+_known: dict[Hashable, KernelCosts] = {}
 
 
 def compacted(kept: Tensor, *, batch_first: bool, reverse: bool = False) -> "Alone | Ragged":
@@ -124,9 +112,9 @@ class Ragged:
         compact = x.reshape(-1, x.shape[-1]).index_select(0, self.source).view(longest, self.batch, x.shape[-1])
         outputs = compact.new_empty(1 + longest, *now[0].shape)
         outputs[0] = now[0]
-        flops = 2.0 * sum(w.numel() for w in weights if w.dim() == 2)
+        costs = _costs(form, x, now, weights)
         exact = exact or len(now) == 1
-        for start, end, rows in self._stretches(CALL_FLOPS / flops, every=exact and len(now) > 1):
+        for start, end, rows in self._stretches(costs.call / costs.unit, every=exact and len(now) > 1):
             given = [s[:rows].unsqueeze(0) for s in now]
             part = compact[start:end, :rows]
             hx = given if len(given) > 1 else given[0]
@@ -159,3 +147,21 @@ class Ragged:
     def _reach(self, step: int) -> int:
         """How many samples keep more than `step` steps."""
         return bisect_left(self.counts, -step, key=lambda c: -c)
+
+
+def _costs(form: RecurrentLayer, x: Tensor, state: Sequence[Tensor], weights: tuple[Tensor, ...]) -> KernelCosts:
+    """Seconds of a call over one direction of a layer, and more for each step of a sample."""
+
+    def run(samples: int, steps: int) -> float:
+        part = x.new_zeros(steps, samples, x.shape[-1])
+        given = [s.new_zeros(1, samples, *s.shape[1:]) for s in state]
+        hx = given if len(given) > 1 else given[0]
+        call = partial(KERNELS[form.mode], part, hx, weights, form.bias, 1, 0.0, False, False, False)
+        return seconds(call, x.device)
+
+    def measure() -> KernelCosts:
+        call, longer = run(1, 1), run(_SAMPLES, _STEPS)
+        unit = max(longer - call, 1e-9) / (_SAMPLES * _STEPS)
+        return KernelCosts(call=call, unit=unit, gathered=unit)
+
+    return kernel_costs(_known, (form.mode, form.bias, *(w.shape for w in weights)), x, measure)

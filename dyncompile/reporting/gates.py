@@ -273,7 +273,8 @@ def kept_frames(usage: Usage, *, decision: str | None = None, count: int = 4) ->
             label = "" if usage.labels is None else f"class {usage.labels[sample]}, "
             kept = ran[sample]
             axes.set_title(f"{label}{100 * np.nanmean(kept):.0f} % kept", fontsize=9, color=MUTED, loc="left", pad=3)
-            (_strip if video else _signal)(axes, shown[sample], kept)
+            there = ~np.isnan(kept)  # the rest is padding
+            (_strip if video else _signal)(axes, shown[sample][there], kept[there])
         if not video:
             panels[-1].set_xlabel("step")
     return figure

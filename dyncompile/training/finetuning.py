@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from dyncompile.data import Batch, as_loader, call
 from dyncompile.errors import ArgumentError, DataError, require
 from dyncompile.module import DynamicModule
+from dyncompile.nn import Gate
 from dyncompile.training.losses import class_dim
 from dyncompile.training.objectives import Distillation, LearnedConfidence, Objective
 from dyncompile.training.parts import Mode, default_backbone_lr, learning, preserved
@@ -245,6 +246,9 @@ def _objective(dyn: DynamicModule, objective: Objective | None, schedule: GateSc
 
 def _schedule(dyn: DynamicModule, target_cost: float | GateSchedule | None) -> GateSchedule | None:
     if target_cost is None:
+        gates = [gate for gate in dyn.gates.values() if isinstance(gate, Gate)]
+        if gates and not any(bool(gate.enabled) for gate in gates):
+            warnings.warn("gates stay switched off: target_cost=0.6 would train them to a cost", stacklevel=3)
         return None
     if not isinstance(target_cost, GateSchedule):
         return GateSchedule(dyn, target_cost=target_cost)

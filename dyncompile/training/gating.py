@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from scipy.special import betainc, betaln
+from scipy.optimize import brentq
+from scipy.special import betainc, betaln, softmax
 from torch import Tensor
 
 from dyncompile.data import Inputs
@@ -259,13 +260,9 @@ def arm_shares(arms: int, level: float) -> list[float]:
     [0.3, 0.7]
     """
     levels = np.linspace(0, 1, arms)
-    low, high = -1e3, 1e3
-    for _ in range(200):
-        middle = (low + high) / 2
-        weights = np.exp(middle * levels - max(middle, 0.0))
-        shares = weights / weights.sum()
-        low, high = (middle, high) if float(shares @ levels) < level else (low, middle)
-    return [float(share) for share in shares]
+    # The distribution of highest entropy with a given mean is exponential in the level.
+    slope = brentq(lambda slope: float(softmax(slope * levels) @ levels) - level, -1e3, 1e3)
+    return [float(share) for share in softmax(slope * levels)]
 
 
 class _BetaCDF(torch.autograd.Function):

@@ -20,6 +20,7 @@ from dyncompile.nn.topk import TopKGate
 from dyncompile.training.gating import BatchShaping, MinimumUsage, arm_shares
 from dyncompile.training.objectives import Objective
 from dyncompile.training.policy import PolicyGradient, full_depth_cost
+from dyncompile.values import positive
 
 if TYPE_CHECKING:
     from dyncompile.module import Trace
@@ -92,6 +93,7 @@ class GateSchedule:
         self.gates = {name: gate for name, gate in dyn.gates.items() if isinstance(gate, Gate)}
         if not self.gates:
             raise ArgumentError("target_cost", found=f"{target_cost} for a model without gates", expected="None")
+        target_cost = positive("target_cost", target_cost)
         if not 0 <= warmup <= settled <= 1:
             raise ArgumentError("warmup", found=(warmup, settled), expected="0 <= warmup <= settled <= 1")
         if not 0 <= margin < 1:

@@ -1,7 +1,7 @@
 """The tasks that contestants are trained on, at four scales: data, static models, schedules.
 
 - `full`: what the figures are meant for. About a day on two cores.
-- `medium`: models of the size of the demo's, on 20,000 images: an hour or two on one core.
+- `medium`: models of the size of the demo's, on 20,000 images: three hours on one core.
 - `small`: a smaller part of the data and narrow models, which train in about half an hour on one busy core. It shows
   that all contestants run and are compared on one task.
 - `quick`: digits, one epoch. Does everything run?
@@ -251,7 +251,7 @@ TASKS = {
             title="Fashion-MNIST, ResNet",
             sizes={
                 "full": Sizes(width=32, depth=20, epochs=8, tuning=8),
-                "medium": Sizes(width=16, depth=20, epochs=6, tuning=6, samples=20_000),
+                "medium": Sizes(width=16, depth=20, epochs=12, tuning=6, samples=20_000),
                 "small": Sizes(width=16, depth=14, epochs=3, tuning=2, samples=4000),
                 "quick": Sizes(width=8, depth=8, epochs=1, tuning=1, samples=256),
             },

@@ -170,6 +170,19 @@ def test_batch_norm_is_folded_and_weights_are_packed(device: torch.device) -> No
         assert sum(isinstance(value, Tensor) and value.is_mkldnn for value in constants) == 2
 
 
+def test_kernels_are_called_from_cpp_unless_the_settings_say_otherwise(device: torch.device) -> None:
+    segment = traced(Residual(), device)
+    examples = [images(4, device), images(4, device)]
+    compiled = compile_segment(segment, examples, [SegmentInput()] * 2)
+    python = compile_segment(segment, examples, [SegmentInput()] * 2, settings={"cpp_wrapper": False})
+    assert [c._programs[0].wrapped for c in (compiled, python)] == [device.type == "cpu", False]
+    for batch in (1, 3):
+        tensors = [images(batch, device), images(batch, device)]
+        with torch.inference_mode():
+            for a, b in zip(compiled(*tensors), python(*tensors), strict=True):
+                torch.testing.assert_close(a, b)
+
+
 def test_borders_keep_channels_last_and_take_any_strides(device: torch.device) -> None:
     segment = traced(Residual(), device)
     compiled = compile_segment(segment, [images(4, device), images(4, device)], [SegmentInput()] * 2)

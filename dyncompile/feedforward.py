@@ -159,7 +159,7 @@ def _behind(graph: Graph, second: Node) -> tuple[list[Node], list[Node]]:
     """What acts on each neuron alone between the second layer and the projections before it, and those.
 
     Raises:
-        ArgumentError: Behind an activation stands what does not act on each neuron alone.
+        ArgumentError: Behind an activation, or just before it, stands what does not act on each neuron alone.
     """
     between: list[Node] = []
     firsts: list[Node] = []
@@ -174,7 +174,7 @@ def _behind(graph: Graph, second: Node) -> tuple[list[Node], list[Node]]:
             raise _no(node, f"what `{gate}` decides about already")
         idle = idle_in_evaluation(graph, node)
         if not idle and not _acts_alone(graph, node):
-            if active:
+            if active or any(_activates(graph, source) for source in node.all_input_nodes):
                 raise _no(node, "what does not act on each neuron alone")
             return [], []
         active = active or not idle
@@ -184,6 +184,15 @@ def _behind(graph: Graph, second: Node) -> tuple[list[Node], list[Node]]:
                 seen.add(source)
                 queue.append(source)
     return (between, firsts) if active else ([], [])
+
+
+def _activates(graph: Graph, node: Node) -> bool:
+    """Whether a node acts on each neuron of a projection alone."""
+    sources = node.all_input_nodes
+    while len(sources) == 1 and idle_in_evaluation(graph, node):
+        (node,) = sources
+        sources = node.all_input_nodes
+    return len(sources) == 1 and _acts_alone(graph, node) and _projected(graph, sources[0]) is not None
 
 
 def _gated_by(node: Node) -> str:

@@ -170,6 +170,7 @@ def weight_normed():
     [
         (mlp(nn.BatchNorm1d(40), nn.ReLU()), {}, "_3", "`_1`: found what does not act on each neuron alone"),
         (mlp(nn.PReLU(40), nn.ReLU()), {}, "_3", "`_1`: found what does not act on each neuron alone"),
+        (mlp(nn.ReLU(), nn.Dropout(), nn.LayerNorm(40)), {}, "_4", "`_3`: found what does not act on each neuron"),
         (mlp(nn.Softmax(-1), nn.ReLU()), {}, "_3", "`_1`: found what does not act on each neuron alone"),
         (Shared(), {}, "b", "found neurons that `slice_1` reads too"),
         (Elsewhere(), {}, "b", "found another input than `a` has"),

@@ -35,7 +35,7 @@ def render(root: Path) -> None:
         found = read(path)
         heading = f"## {path.stem}\n\n"
         if isinstance(found, Scoreboard):
-            for batch in FRONTIERS:
+            for batch in measured(found):
                 name = f"{path.stem}-{batch}.svg"
                 (folder / name).write_text(pictures.frontier(found, batch), encoding="utf-8")
             parts.append(heading + scoreboard(found, "results/"))
@@ -79,11 +79,16 @@ def between(text: str, name: str, content: str) -> str:
     return f"{head}{start}\n{content}\n{end}{rest.partition(end)[2]}"
 
 
+def measured(board: Scoreboard) -> list[int]:
+    """The batch sizes, of those with a picture, that something was timed at."""
+    return [batch for batch in FRONTIERS if any(batch in score.seconds for score in board.scores)]
+
+
 def scoreboard(board: Scoreboard, folder: str) -> str:
     """The whole of a scoreboard: how it was measured, pictures, verdicts, table."""
     facts = {**board.machine, **board.settings}
     head = [f"`{board.command}`", "", *(f"- {key}: {value}" for key, value in facts.items())]
-    shown = [batch for batch in FRONTIERS if any(batch in score.seconds for score in board.scores)]
+    shown = measured(board)
     images = [f"![Accuracy over time at batch {batch}]({folder}{board.name}-{batch}.svg)" for batch in shown]
     verdicts = [board.verdict(batch) for batch in shown]
     return "\n".join(head) + "\n\n" + "\n\n".join([*images, *verdicts, board.table().markdown()]) + "\n"
@@ -91,7 +96,7 @@ def scoreboard(board: Scoreboard, folder: str) -> str:
 
 def summary(board: Scoreboard) -> str:
     """What the README shows: pictures and verdicts."""
-    shown = [batch for batch in FRONTIERS if any(batch in score.seconds for score in board.scores)]
+    shown = measured(board)
     images = [f"![Accuracy over time at batch {batch}](benchmarks/results/{board.name}-{batch}.svg)" for batch in shown]
     facts = f"{board.settings['data']}; {board.settings['scale']}; {board.machine['processor']}."
     how = f"{facts} `{board.command}`; all figures: [RESULTS.md](benchmarks/RESULTS.md)."

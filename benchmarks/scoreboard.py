@@ -78,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             board.refused[contestant.name] = str(error)
             continue
         if score is None:
-            board.refused[contestant.name] = "it is not installed or does not run here"
+            compiled = " or is compiled, which --only training is not" if options.only == "training" else ""
+            board.refused[contestant.name] = f"it is not installed, does not run here{compiled}"
             continue
         board.scores.append(score)
         calls[score.name] = forms

@@ -269,7 +269,6 @@ class ChannelGate(Pass):
             parts=group.parts,
             values=[spec(v).batch_dim if isinstance(v, fx.Node) else None for v in body.values_read],
             results=[spec(node).batch_dim or 0 for node in found.exits],
-            flops=scaled,
         )
         self._mask(graph, name, found, decision)
         stand_in(graph, name, module, found.nodes, found.exits, [decision, *body.values_read], flops=scaled)

@@ -1,13 +1,17 @@
 """What kernels take is measured once on each device, where nothing is assumed of it."""
 
 import torch
+from feedforward import converter
 from torch import fx, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+import dyncompile as dc
 from dyncompile.capture.recurrent import KERNELS, RecurrentLayer
 from dyncompile.kernel_costs import FREE, KernelCosts, assumed, kernel_costs
 from dyncompile.nn import SkippingLayer, ragged
 from dyncompile.nn.neurons import GatedNeurons, NeuronLayout
 from dyncompile.shapes import flop_counter
+from dyncompile.testing import forced
 
 COSTS = KernelCosts(call=3.0, unit=2.0, gathered=4.0)
 
@@ -68,3 +72,21 @@ def test_what_is_measured_is_not_counted_and_a_call_costs_more_than_a_part(devic
     assert counter.get_total_flops() in {2 * 8 * 8 * 16 * part for part in (2, 4)}
     (costs,) = lowered._known.values()
     assert costs.call > max(costs.unit, costs.gathered) >= 0
+
+
+def test_what_takes_less_time_is_run(device):
+    _, dyn, inputs = converter(device)("mlp")
+    dyn.gates["neurons0"].enabled.fill_(True)
+    fast = dc.lower(dyn, "eager")
+    x = inputs(8)
+    mask = torch.zeros(8, 4, dtype=torch.bool, device=x[0].device)
+    mask[:4, 0] = mask[4:, 3] = True
+    counted = {}
+    for calls in (0.0, 1e12):
+        costs = KernelCosts(call=calls, unit=1.0, gathered=1.0)
+        with forced(fast, {"neurons0": mask}), FlopCounterMode(display=False) as counter, assumed(costs):
+            found = fast(*x)
+        with forced(dyn, {"neurons0": mask}):
+            torch.testing.assert_close(found, dyn(*x), rtol=1e-5, atol=1e-6)
+        counted[calls] = counter.get_total_flops()
+    assert counted[1e12] - counted[0.0] == 8 * 2 * 10 * (12 + 5)  # each row's other group of the two

@@ -30,14 +30,13 @@ from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, tracing
 from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-from torch._inductor.constant_folding import replace_node_with_constant
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
-from torch.utils._python_dispatch import _disable_current_modes
 
 from dyncompile.errors import ArgumentError, LoweringError
 from dyncompile.lowering.entry import Entry, memory_format
 from dyncompile.lowering.sharing import Folding, Tape, loaded, structure
+from dyncompile.lowering.weights import pack_convolutions, separate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +181,7 @@ class CompiledSegment:
         self._batch_of, batch = _batch(example_inputs, inputs)
         self._examples = [torch.empty_like(t, device="meta") for t in example_inputs]
         self._devices = [t.device for t in example_inputs]
+        self._on_cpu = all(device.type == "cpu" for device in self._devices)
         self._inputs = tuple(inputs)
         self.formats = [memory_format(t) for t in example_inputs]
         self.output_formats: list[torch.memory_format] = []
@@ -189,7 +189,7 @@ class CompiledSegment:
         self._settings = dict(settings or {})
         # Constants of a program lie in this copy, so the user's weights may change or go.
         self._segment: nn.Module | None = copy.deepcopy(segment).eval()
-        _separate(self._segment)
+        separate(self._segment)
         found = structure(self._segment) if isinstance(self._segment, fx.GraphModule) else None
         self._weights = found[1] if found else None
         self._like = like
@@ -291,7 +291,7 @@ class CompiledSegment:
                 raise LoweringError(
                     "the segment changes or returns one of its own parameters or buffers, so it cannot be frozen"
                 )
-            _pack_convolutions(gm, {symbol: hint}, tape)
+            pack_convolutions(gm, {symbol: hint}, tape)
             code.append(compile_fx_inner(gm, inputs, *args, **kwargs))
             held.update(code[0].constants or {})
             held.update({name: getattr(gm, path) for name, path in code[0].frozen_param_names.items()})
@@ -299,7 +299,7 @@ class CompiledSegment:
 
         patches = {
             # Python would call each convolution through the dispatcher: tens of microseconds at batch 1.
-            "cpp_wrapper": all(device.type == "cpu" for device in self._devices),
+            "cpp_wrapper": self._on_cpu,
             **self._settings,
             "freezing": True,
             "freezing_discard_parameters": False,
@@ -328,8 +328,7 @@ class CompiledSegment:
     def _folding(self, tape: Tape, constants: list[Any]) -> Folding | None:
         """How the weights became the constants of a program that may be shared."""
         # On a GPU inductor wraps the code that it generates: it copies inputs that are not aligned.
-        alike = all(isinstance(constant, Tensor) for constant in constants)
-        alike = alike and all(device.type == "cpu" for device in self._devices)
+        alike = self._on_cpu and all(isinstance(constant, Tensor) for constant in constants)
         return tape.folding(self._weights, constants) if alike and self._weights is not None else None
 
 
@@ -350,50 +349,6 @@ def _batch(examples: Sequence[Tensor], inputs: Sequence[SegmentInput]) -> tuple[
             expected="at least one batched input, and one batch size in all of them",
         )
     return found[0][0], found[0][1][0]
-
-
-def _separate(segment: nn.Module) -> None:
-    """Give each tensor memory of its own: inductor makes one constant of those in the same place.
-
-    Neither its cache nor a segment of equal structure would know; both look at shapes and strides alone.
-    """
-    taken: set[int] = set()
-    for tensor in (*segment.parameters(), *segment.buffers()):
-        if tensor.layout != torch.strided:
-            continue
-        if tensor.untyped_storage().data_ptr() in taken:
-            tensor.data = copy.deepcopy(tensor.data)
-        taken.add(tensor.untyped_storage().data_ptr())
-
-
-def _pack_convolutions(gm: fx.GraphModule, hint: dict[Any, int], tape: Tape) -> None:
-    """Bring the frozen weights of oneDNN convolutions into the layout that its kernels read."""
-    if not torch.backends.mkldnn.is_available():
-        return
-
-    def known(size: Any) -> int:
-        return int(size.node.expr.subs(hint)) if isinstance(size, torch.SymInt) else size
-
-    pack = torch.ops.mkldnn._reorder_convolution_weight.default
-    convolution = torch.ops.mkldnn._convolution_pointwise.default
-    with _disable_current_modes():
-        for node in gm.graph.find_nodes(op="call_function", target=convolution):
-            source, weight, _, *geometry = node.args[:7]
-            if weight.op != "get_attr" or weight.meta["val"].device.type != "cpu":
-                continue
-            frozen = getattr(gm, weight.target)
-            if frozen.is_mkldnn:
-                continue
-            arguments = (*geometry, [known(size) for size in source.meta["val"].shape])
-            with gm.graph.inserting_before(node):
-                packed = gm.graph.call_function(pack, (weight, *arguments))
-            packed.meta["val"] = weight.meta["val"]
-            node.replace_input_with(weight, packed)
-            tensor = pack(frozen.detach(), *arguments)
-            tape.note(pack, (frozen, *arguments), {}, tensor)
-            replace_node_with_constant(gm, packed, tensor)
-    gm.graph.eliminate_dead_code()
-    gm.recompile()
 
 
 def _picks_eager_kernel(guard: Any) -> bool:

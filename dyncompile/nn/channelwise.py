@@ -67,15 +67,12 @@ class GatedChannels(nn.Module):
         parts: How many a sample decides for.
         values: Of each value that the body reads, the dim of the samples; None for weights.
         results: Of each result, the dim of the samples.
-        flops: What a sample costs with every part open.
     """
 
-    def __init__(
-        self, body: fx.GraphModule, *, parts: int, values: list[int | None], results: list[int], flops: float
-    ) -> None:
+    def __init__(self, body: fx.GraphModule, *, parts: int, values: list[int | None], results: list[int]) -> None:
         super().__init__()
         self.body = body
-        self.parts, self.values, self.results, self.flops = parts, values, results, flops
+        self.parts, self.values, self.results = parts, values, results
 
     def forward(self, static: Results | None, decision: Tensor, *values: Tensor) -> Results:
         """Compute the results.
@@ -156,13 +153,15 @@ class GatheredChannels(nn.Module):
     def _measured(self, values: tuple[Tensor, ...]) -> KernelCosts:
         """Seconds of a call, and more for each part of a sample."""
 
-        def run(samples: int, parts: int) -> float:
+        def run(samples: int, parts: int, *, gathered: bool = False) -> float:
             first = torch.zeros(samples, dtype=torch.int64, device=values[0].device)
             pairs = zip(values, self.dense.values, strict=True)
             own = tuple(v if dim is None else v.index_select(dim, first) for v, dim in pairs)
             opened = torch.arange(self.dense.parts, device=first.device).expand(samples, -1) < parts
-            return seconds(partial(self._run, opened, own), first.device)
+            rows = torch.arange(samples, device=first.device)
+            apart = partial(self._grouped, opened, (rows,), own)
+            return seconds(apart if gathered else partial(self._run, opened, own), first.device)
 
-        call, whole = run(1, 1), run(_SAMPLES, self.dense.parts)
-        unit = max(whole - call, 0.0) / (_SAMPLES * self.dense.parts)
-        return KernelCosts(call=call, unit=unit, gathered=unit)
+        call, work = run(1, 1), _SAMPLES * self.dense.parts
+        unit, gathered = (max(run(_SAMPLES, self.dense.parts, gathered=g) - call, 0.0) / work for g in (False, True))
+        return KernelCosts(call=call, unit=unit, gathered=gathered)

@@ -338,3 +338,12 @@ def test_saved_and_loaded(converted, tmp_path, device):
     arms = [n for n in again.graph.fx.nodes if n.target is SWITCH]
     assert len(arms) == 1
     assert len(arms_of(arms[0])) == 4
+
+
+def test_fine_tuning_reaches_a_cost_with_four_levels(converted):
+    _, dyn, inputs = converted("plain", levels=(0.25, 0.5, 0.75, 1.0))
+    assert {gate.routes for gate in dyn.gates.values()} == {4}
+    x = inputs(64)
+    labels = dyn(x).argmax(1).detach()
+    dc.finetune(dyn, (x, labels), epochs=2, mode="joint", target_cost=0.7, batch_size=16, progress=False)
+    assert dyn.eval().trace(x).cost.mean() < 1.0

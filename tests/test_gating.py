@@ -191,6 +191,12 @@ def test_minimum_usage_revives_dead_and_always_open_gates(start, routes):
     assert shares.min() > 0.08
 
 
+@pytest.mark.parametrize("arms", [2, 3, 4, 8, 32])
+def test_shares_of_arms_reach_both_ends(arms):
+    for level in np.linspace(0, 1, 101).tolist():
+        assert np.array(arm_shares(arms, level)) @ np.linspace(0, 1, arms) == pytest.approx(level, abs=1e-9)
+
+
 @pytest.mark.parametrize("level", [0.02, 0.3, 0.5, 0.98])
 def test_shares_of_arms_have_the_level_and_the_highest_entropy(level):
     shares = np.array(arm_shares(4, level))

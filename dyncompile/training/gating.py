@@ -252,14 +252,18 @@ def arm_shares(arms: int, level: float) -> list[float]:
 
     Args:
         arms: K.
-        level: In (0, 1).
+        level: In [0, 1].
 
     >>> [round(share, 3) for share in arm_shares(3, 0.5)]
     [0.333, 0.333, 0.333]
     >>> [round(share, 3) for share in arm_shares(2, 0.7)]
     [0.3, 0.7]
+    >>> arm_shares(3, 0.0)
+    [1.0, 0.0, 0.0]
     """
     levels = np.linspace(0, 1, arms)
+    if level in (0, 1):
+        return [float(at == level) for at in levels]
     # The distribution of highest entropy with a given mean is exponential in the level.
     slope = brentq(lambda slope: float(softmax(slope * levels) @ levels) - level, -1e3, 1e3)
     return [float(share) for share in softmax(slope * levels)]

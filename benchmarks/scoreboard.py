@@ -40,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--task", choices=TASKS, default="fashion-resnet")
     parser.add_argument("--scale", choices=SCALES, default="full", help="how large and how long")
     parser.add_argument("--hapt", type=Path, help="the archive that benchmarks.recordings names, for hapt-lstm")
-    parser.add_argument("--only", choices=["training", "time"], help="train and test, or measure as well; default: all")
+    parser.add_argument(
+        "--only", choices=["training", "time"], help="train and test; or time again what --out holds the rest of"
+    )
     parser.add_argument("--contestant", action="append", help="only those whose names contain this")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--cache", type=Path, default=Path("benchmarks-cache"), help="for what was trained")
@@ -68,12 +70,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "rounds": str(2 if options.quick else options.rounds),
         },
     )
+    out = options.out or Path(f"{options.task}.json")
+    known: dict[str, Score] = {}
+    if options.only == "time":
+        earlier = Scoreboard.model_validate_json(out.read_text(encoding="utf-8"))
+        known = {score.name: score for score in earlier.scores}
+        board.settings["time"] = f"measured again by {board.command}"
+        board.command, board.refused = earlier.command, earlier.refused
     every = contestants(run.task, curves=not options.quick)
     chosen = [c for c in every if not options.contestant or any(part in c.name for part in options.contestant)]
     calls: dict[str, dict[str, Call]] = {}
     for contestant in chosen:
         try:
-            score, forms = tested(contestant, run, compilers=not options.quick and options.only != "training")
+            compilers = not options.quick and options.only != "training"
+            score, forms = tested(contestant, run, compilers=compilers, known=known.get(contestant.name))
         except UnreachableTargetError as error:
             board.refused[contestant.name] = str(error)
             continue
@@ -84,7 +94,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         board.scores.append(score)
         calls[score.name] = forms
         print(f"{score.name}: accuracy {score.accuracy:.4f}, counted cost {score.cost:.3f}", flush=True)
-    out = options.out or Path(f"{options.task}.json")
     board.write(out)
     if options.only != "training":
         rounds = 2 if options.quick else options.rounds
@@ -95,22 +104,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 timed(board, fitting, batches, rounds=rounds)
             board.write(out)
         for contestant in chosen:
-            if contestant.name in calls:
+            if contestant.name in calls and contestant.name not in known:
                 weigh(board, contestant, run, quick=options.quick)
                 board.write(out)
     print(board.table().markdown())
 
 
 @torch.no_grad()
-def tested(contestant: Contestant, run: Run, *, compilers: bool) -> tuple[Score | None, dict[str, Call]]:
-    """Train a contestant or take it as it was kept, and look at the test set; None if there is no way to run it."""
+def tested(
+    contestant: Contestant, run: Run, *, compilers: bool, known: Score | None
+) -> tuple[Score | None, dict[str, Call]]:
+    """Train a contestant or take it as it was kept, and look at the test set unless its score is known.
+
+    None if there is no way to run it.
+    """
     with torch.enable_grad():
         model = contestant.model(run)
     forms: Forms = contestant.forms(model, run, compilers=compilers)
     if not forms:
         return None, {}
-    inputs, labels = run.splits.test.tensors
     made = {form: make() for form, make in forms.items()}
+    if known is not None:
+        return known, made
+    inputs, labels = run.splits.test.tensors
     first = next(iter(made.values()))
     return (
         Score(

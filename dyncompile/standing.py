@@ -61,7 +61,7 @@ def stand_in(
     readers = {node: [user for user in node.users if user not in layers] for node in results}
     with graph.fx.inserting_before(layers[-1].next):
         given = [graph.fx.get_attr(a) if isinstance(a, str) else a for a in arguments]
-        call = graph.fx.create_node("call_module", path, (tuple(results), *given))
+        call = graph.fx.create_node("call_module", path, (tuple(results), *given), name=name)
         parts = [graph.fx.call_function(operator.getitem, (call, i)) for i in range(len(results))]
     for node, part in zip(results, parts, strict=True):
         part.meta["path"] = node.meta.get("path", ())

@@ -10,7 +10,7 @@ from dyncompile.calibration.certify import Scores, Setting, Target, choose_among
 from dyncompile.calibration.knobs import OPEN
 from dyncompile.errors import UnreachableTargetError
 
-POOL, SAMPLES, LIMIT, DELTA, SPLITS = 20_000, 500, 0.05, 0.1, 200
+POOL, SAMPLES, LIMIT, DELTA, SPLITS = 20_000, 500, 0.05, 0.1, 100
 BIASES = (OPEN, 0.0, -2.0, -1.0, -0.5, 0.5, 1.0)
 
 
@@ -96,7 +96,7 @@ def broken(exits, splits=SPLITS, **target):
     [
         (0, SPLITS, {"max_drop": LIMIT, "method": "ltt"}),
         (0, SPLITS, {"max_drop": LIMIT, "method": "ucb"}),
-        (2, SPLITS, {"max_drop": LIMIT, "method": "ltt"}),
+        (2, 60, {"max_drop": LIMIT, "method": "ltt"}),
         (0, SPLITS, {"max_cost": 0.7}),
         (2, 60, {"max_cost": 0.6}),
     ],
@@ -110,7 +110,7 @@ def test_guarantee_holds_on_random_splits_of_a_gated_model(exits, splits, target
 
 @pytest.mark.slow
 def test_greedy_breaks_what_the_guarantee_holds_for_gates():
-    share, _, _ = broken(2, 60, max_drop=LIMIT, method="greedy")
+    share, _, _ = broken(2, 30, max_drop=LIMIT, method="greedy")
     assert share > 3 * DELTA
 
 

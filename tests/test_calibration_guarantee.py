@@ -9,7 +9,7 @@ from test_calibration_search import costs, pool
 from dyncompile.calibration.certify import Scores, Target, choose, split
 from dyncompile.errors import CalibrationError, UnreachableTargetError
 
-EXITS, POOL, SAMPLES, LIMIT, DELTA, SPLITS = 3, 20_000, 500, 0.05, 0.1, 200
+EXITS, POOL, SAMPLES, LIMIT, DELTA, SPLITS = 3, 20_000, 500, 0.05, 0.1, 100
 
 
 def calibrated(confidence, losses, /, *, seed=0, binary=True, **target):
@@ -34,12 +34,12 @@ def outcome(calibration, confidence, losses):
     return losses[np.arange(len(leave)), leave].mean(), costs(enabled)[leave].mean()
 
 
-def broken(method, losses_of=lambda losses: losses, *, binary=True):
+def broken(method, losses_of=lambda losses: losses, *, binary=True, splits=SPLITS):
     """Share of the splits after which the risk on the rest of the pool exceeds the limit."""
     confidence, losses = pool(POOL, EXITS, seed=7)
     losses = losses_of(losses)
     failures, savings = 0, []
-    for seed in range(SPLITS):
+    for seed in range(splits):
         order = np.random.default_rng(seed).permutation(POOL)
         ours, rest = order[:SAMPLES], order[SAMPLES:]
         try:
@@ -57,7 +57,7 @@ def broken(method, losses_of=lambda losses: losses, *, binary=True):
         risk, cost = outcome(calibration, confidence[rest], losses[rest])
         failures += risk > LIMIT
         savings.append(1 - cost)
-    return failures / SPLITS, float(np.mean(savings))
+    return failures / splits, float(np.mean(savings))
 
 
 @pytest.mark.slow
@@ -79,7 +79,7 @@ def test_guarantee_holds_for_bounded_losses(method):
 
 @pytest.mark.slow
 def test_greedy_breaks_what_the_guarantee_holds():
-    share, _ = broken("greedy")
+    share, _ = broken("greedy", splits=30)
     assert share > 3 * DELTA
 
 

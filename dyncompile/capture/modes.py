@@ -104,7 +104,7 @@ def follow_mode(graph: fx.Graph, added: dict[str, nn.Module]) -> None:
         path = f"_modes.{len(added)}"
         added[path] = module
         with graph.inserting_before(node):
-            new = graph.create_node("call_module", path, args, kwargs)
+            new = graph.create_node("call_module", path, args, kwargs, name=node.name)
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         graph.erase_node(node)

@@ -226,7 +226,7 @@ def _real_steps(graph: fx.Graph, lengths: Any, steps: int, added: dict[str, nn.M
     path = f"_modes.{len(added)}"
     added[path] = RealSteps(steps)
     with graph.inserting_after(lengths):
-        found = graph.create_node("call_module", path, (anchor, lengths))
+        found = graph.create_node("call_module", path, (anchor, lengths), name="real_steps")
     found.meta = {"stack_trace": lengths.meta.get("stack_trace"), "path": ()}
     found.meta["tap"] = ("decision", f"steps{len(made)}")
     return found
@@ -251,7 +251,8 @@ def _unstack(
         if isinstance(target, nn.Module):
             path = f"_modes.{len(added)}"
             added[path] = target
-            new = graph.create_node("call_module", path, args, {} if real is None else {"real": real})
+            kwargs = {} if real is None else {"real": real}
+            new = graph.create_node("call_module", path, args, kwargs, name=f"{node.name}_layer{layer}")
         else:
             new = graph.call_function(target, args)
         place = (*node.meta.get("path", ()), f"{node.target}.{layer}")

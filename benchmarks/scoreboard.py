@@ -29,7 +29,8 @@ from benchmarks.tasks import SCALES, TASKS, Run
 from dyncompile.demo.train import accuracy
 from dyncompile.errors import UnreachableTargetError
 
-ROUNDS = 9
+ROUNDS = {1: 27, 16: 27, 64: 15, 256: 9}
+"""By batch size: the more, the shorter a call is, for the machine is not ours alone."""
 STREAM = {1: 100, 16: 4, 64: 3, 256: 1}
 QUICK_STREAM = dict.fromkeys(STREAM, 2)
 """Calls of a round, by batch size."""
@@ -44,12 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--only", choices=["training", "time"], help="train and test; or time again what --out holds the rest of"
     )
     parser.add_argument("--contestant", action="append", help="only those whose names contain this")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--rounds", type=int, help=f"at every batch size; default: {ROUNDS}")
     parser.add_argument("--cache", type=Path, default=Path("benchmarks-cache"), help="for what was trained")
     parser.add_argument("--quick", action="store_true", help="digits, eager: does everything run?")
     parser.add_argument("--device", default="cpu", help="only the processor is measured here")
     parser.add_argument("--out", type=Path, help="JSON; default: TASK.json")
     options = parser.parse_args(arguments)
+    few = options.rounds or (2 if options.quick else None)
+    rounds = dict.fromkeys(ROUNDS, few) if few else ROUNDS
     torch.set_num_threads(1)
     harness.keep_memory()
     # Dynamo counts compilations by code object, whatever the model, and would run what comes later eagerly.
@@ -67,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings={
             "scale": f"{scale}: {run.sizes}",
             "data": run.splits.describe,
-            "rounds": str(2 if options.quick else options.rounds),
+            "rounds": ", ".join(f"{count} at batch {batch}" for batch, count in rounds.items()),
         },
     )
     out = options.out or Path(f"{options.task}.json")
@@ -96,12 +99,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{score.name}: accuracy {score.accuracy:.4f}, counted cost {score.cost:.3f}", flush=True)
     board.write(out)
     if options.only != "training":
-        rounds = 2 if options.quick else options.rounds
         for batch, count in (QUICK_STREAM if options.quick else STREAM).items():
             batches = [part for part in run.splits.test.tensors[0].split(batch) if len(part) == batch][:count]
             if batches:
                 fitting = {c.name: calls[c.name] for c in chosen if c.name in calls and batch >= c.smallest}
-                timed(board, fitting, batches, rounds=rounds)
+                timed(board, fitting, batches, rounds=rounds[batch])
             board.write(out)
         for contestant in chosen:
             if contestant.name in calls and contestant.name not in known:

@@ -251,7 +251,7 @@ def _unstack(
         if isinstance(target, nn.Module):
             path = f"_modes.{len(added)}"
             added[path] = target
-            kwargs = {} if real is None else {"real": real}
+            kwargs: dict[str, Any] = {} if real is None else {"real": real}
             new = graph.create_node("call_module", path, args, kwargs, name=f"{node.name}_layer{layer}")
         else:
             new = graph.call_function(target, args)

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -32,10 +31,10 @@ import dyncompile as dc
 from benchmarks import harness
 from benchmarks.cases import torchvision
 from benchmarks.harness import Report, Table, Target
+from benchmarks.tasks import kept
 from dyncompile.demo.datasets import Images, load
 from dyncompile.demo.models import ResNet, VisionTransformer
 from dyncompile.demo.train import Augmented, Schedule, accuracy, multiplies_in_bfloat16, train
-from dyncompile.drafts import drafted
 from dyncompile.training.gating import part_rates
 
 DROP, COMPOSED = 0.01, 0.015
@@ -107,13 +106,7 @@ def static_model(images: Images, options: argparse.Namespace) -> nn.Module:
         )
     else:
         model = ResNet(20, width=options.width, classes=len(images.classes), in_channels=channels)
-    if path.exists():
-        model.load_state_dict(load_file(path))
-        return model.eval()
-    train(model, images, schedule, seed=0)
-    with drafted(path) as draft:
-        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, draft)
-    return model
+    return kept(model, path, lambda: train(model, images, schedule, seed=0))
 
 
 def _named(options: argparse.Namespace) -> str:

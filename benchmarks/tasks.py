@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -24,6 +25,7 @@ from benchmarks.recordings import hapt
 from dyncompile.demo.datasets import Images, load
 from dyncompile.demo.models import ResNet, VisionTransformer
 from dyncompile.demo.train import Augmented, Schedule, train
+from dyncompile.drafts import drafted
 from dyncompile.errors import ArgumentError
 
 SCALES = ("full", "medium", "small", "quick")
@@ -145,6 +147,17 @@ class Run:
             return _fit_sequences(model, self, epochs).eval()
         common = {"epochs": epochs, "batch_size": 128, "learning_rate": 0.1}
         return train(model, self.splits.images, Schedule(**{**common, **self.task.schedule}))
+
+
+def kept(model: nn.Module, path: Path, fit: Callable[[], object]) -> nn.Module:
+    """A static model in eval mode, with the weights of a file, or trained by `fit` and kept in that file."""
+    if path.exists():
+        model.load_state_dict(load_file(path))
+        return model.eval()
+    fit()
+    with drafted(path) as draft:
+        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, draft)
+    return model.eval()
 
 
 def _fit_sequences(model: nn.Module, run: Run, epochs: int) -> nn.Module:

@@ -7,11 +7,9 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.tasks import Run
-from dyncompile.drafts import drafted
+from benchmarks.tasks import Run, kept
 from dyncompile.shapes import flop_counter
 
 Call = Callable[[Tensor], Tensor]
@@ -72,14 +70,7 @@ def flops(model: nn.Module, run: Run) -> float:
 def trained(run: Run, name: str, epochs: int, *, width: float = 1.0, half: bool = False) -> nn.Module:
     """A static model in eval mode, trained or as it was kept."""
     model = run.build(width=width, half=half)
-    path = run.folder / f"{name}.safetensors"
-    if path.exists():
-        model.load_state_dict(load_file(path))
-        return model.eval()
-    run.fit(model, epochs)
-    with drafted(path) as draft:
-        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, draft)
-    return model.eval()
+    return kept(model, run.folder / f"{name}.safetensors", lambda: run.fit(model, epochs))
 
 
 def laid_out(model: nn.Module, *, images: bool) -> Forms:

@@ -56,8 +56,13 @@ class Dynamic(Contestant):
         if self.max_cost is not None:
             dyn = Dynamic(strategy=self.strategy).model(run)
             dc.calibrate(dyn, run.splits.calibration, max_cost=self.max_cost, progress=False)
-            dc.save(dyn, folder)
-            return dyn
+        else:
+            dyn = self._tuned(static, run)
+        dc.save(dyn, folder)
+        return dyn
+
+    def _tuned(self, static: nn.Module, run: Run) -> dc.DynamicModule:
+        """Converted, fine-tuned and, where it has exits, calibrated."""
         names = self.strategy.split("+")
         passes: list[str | Pass] = [_pass(name, run) for name in names]
         dyn = dc.dynamize(static, passes, example_inputs=run.splits.test.tensors[0][:2])
@@ -82,7 +87,6 @@ class Dynamic(Contestant):
         dyn.eval()
         if exits:
             self._calibrate(dyn, run)
-        dc.save(dyn, folder)
         return dyn
 
     def _calibrate(self, dyn: dc.DynamicModule, run: Run) -> None:

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 import dyncompile as dc
 from dyncompile.calibration import calibrate
-from dyncompile.calibration.certify import Target, designed, split
 from dyncompile.calibration.knobs import OPEN, gate_groups
+from dyncompile.calibration.target import Target, designed, split
 from dyncompile.calibration.usage import Examples, work
 from dyncompile.demo.datasets import load
 from dyncompile.demo.models import ResNet

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from test_calibration_search import pool
 
-from dyncompile.calibration.certify import Scores, Setting, Target, choose_among, designed, split
+from dyncompile.calibration.certify import Scores, Setting, choose_among
 from dyncompile.calibration.knobs import OPEN
+from dyncompile.calibration.target import Target, designed, split
 from dyncompile.errors import UnreachableTargetError
 
 POOL, SAMPLES, LIMIT, DELTA, SPLITS = 20_000, 500, 0.05, 0.1, 100

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from test_calibration_search import costs, pool
 
-from dyncompile.calibration.certify import Scores, Target, choose, split
+from dyncompile.calibration.certify import Scores, choose
+from dyncompile.calibration.target import Target, split
 from dyncompile.errors import CalibrationError, UnreachableTargetError
 
 EXITS, POOL, SAMPLES, LIMIT, DELTA, SPLITS = 3, 20_000, 500, 0.05, 0.1, 100

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from dyncompile.calibration.certify import Indices, Setting, Target, choose_among, split
+from dyncompile.calibration.certify import Setting, choose_among
 from dyncompile.calibration.evidence import Evidence, Picture, left_at
 from dyncompile.calibration.knobs import OPEN, trained_groups, turned
 from dyncompile.calibration.losses import NAMED, Loss, resolve
@@ -15,6 +15,7 @@ from dyncompile.calibration.result import Calibration, GateSetting
 from dyncompile.calibration.risk import Array
 from dyncompile.calibration.scores import Recording, Run, record
 from dyncompile.calibration.search import cost_at
+from dyncompile.calibration.target import Indices, Target, split
 from dyncompile.calibration.temperature import TEMPERATURES, fit_temperatures
 from dyncompile.calibration.usage import Usage, decisions_by_group, work
 from dyncompile.errors import ArgumentError

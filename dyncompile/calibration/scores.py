@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, IterableDataset
 
-from dyncompile.calibration.certify import Indices, Scores, designed
+from dyncompile.calibration.certify import Scores
 from dyncompile.calibration.evidence import Gallery
 from dyncompile.calibration.knobs import Knobs, grid, turned
 from dyncompile.calibration.losses import Loss
 from dyncompile.calibration.risk import Array
+from dyncompile.calibration.target import Indices, designed
 from dyncompile.calibration.temperature import (
     TEMPERATURES,
     mean_of_labelled,
@@ -159,7 +160,7 @@ class _Tape:
     def probe(self, batches: Iterator[Batch], where: torch.device, *, seed: int, design_all: bool) -> None:
         """Choose knob settings on a random part of the first samples, as large as that to design on; then record all.
 
-        They are drawn before the number of samples is known, and `certify.split` designs on them. So no held-out sample
+        They are drawn before the number of samples is known, and `target.split` designs on them. So no held-out sample
         has a say in what is tried, and the data need to be read but once.
         """
         kept: list[tuple[Inputs, Tensor, Tensor]] = []

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dyncompile as dc
-from dyncompile.calibration.certify import Target
+from dyncompile.calibration.target import Target
 from dyncompile.data import find_device
 from dyncompile.demo.datasets import Images, load
 from dyncompile.demo.measure import fastest, has_compiler, take_turns

@@ -35,6 +35,7 @@ from benchmarks.tasks import kept
 from dyncompile.demo.datasets import Images, load
 from dyncompile.demo.models import ResNet, VisionTransformer
 from dyncompile.demo.train import Augmented, Schedule, accuracy, multiplies_in_bfloat16, train
+from dyncompile.passes.channel_gate import ChannelGate
 from dyncompile.training.gating import part_rates
 
 DROP, COMPOSED = 0.01, 0.015
@@ -46,6 +47,7 @@ NEVER = 0.005
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fashion_gates", description=__doc__.partition("\n")[0])
     parser.add_argument("--strategy", default="layer_skip", help="a pass, or several joined by +")
+    parser.add_argument("--granularity", choices=["levels", "channel"], default="levels", help="of channel_gate")
     parser.add_argument("--target-cost", type=float, default=0.6)
     parser.add_argument("--gate-cost", type=float, default=0.65, help="of the gates, where exits bring it further down")
     parser.add_argument("--model", choices=["resnet20", "vit"], default="resnet20")
@@ -120,9 +122,11 @@ def one_seed(static: nn.Module, images: Images, options: argparse.Namespace, see
     exits = strategy[-1] == "early_exit"
     first = strategy[:-1] if exits and not options.together else strategy
     target = options.gate_cost if exits else options.target_cost
-    dyn = dc.dynamize(static, first, example_inputs=images.train.tensors[0][:2])
+    passes = [ChannelGate(granularity=options.granularity) if name == "channel_gate" else name for name in first]
+    dyn = dc.dynamize(static, passes, example_inputs=images.train.tensors[0][:2])
     start = time.perf_counter()
-    named = f"{'+'.join(first)}-{_named(options)}-{target}-{options.epochs}-{seed}"
+    kind = "-by-channel" if options.granularity == "channel" else ""
+    named = f"{'+'.join(first)}{kind}-{_named(options)}-{target}-{options.epochs}-{seed}"
     dyn = _finetuned(dyn, images, options, named, seed, epochs=options.epochs, mode="joint", target_cost=target)
     if first != strategy:
         # Behind gates that stay as they are.

@@ -76,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out = options.out or Path(f"{options.task}.json")
     known: dict[str, Score] = {}
     if options.only == "time":
+        if not out.exists():
+            parser.error(f"--only time: there is no {out}; measure everything first")
         earlier = Scoreboard.model_validate_json(out.read_text(encoding="utf-8"))
         known = {score.name: score for score in earlier.scores}
         board.settings["time"] = f"measured again by {board.command}"

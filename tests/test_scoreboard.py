@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import dyncompile as dc  # noqa: E402
-from benchmarks import pictures, render  # noqa: E402
+from benchmarks import pictures, render, scoreboard  # noqa: E402
 from benchmarks.contestants.static import Static  # noqa: E402
 from benchmarks.growth import BLOCKS, EXITS, exponent, operations, pass_all, places, stack  # noqa: E402
 from benchmarks.harness import Report, Table, stream  # noqa: E402
@@ -69,6 +69,27 @@ def test_every_contestant_is_scored_on_every_task(quick):
     } <= names
     costs = {score.name: score.cost for score in quick["fashion-resnet"].scores}
     assert costs["static, width 0.5"] < costs["static, width 0.75"] < costs["static, eager"] == 1
+
+
+@pytest.mark.slow
+def test_times_are_measured_again_alone(tmp_path, needs, capsys):
+    needs("lightning")
+    out = tmp_path / "board.json"
+    command = ["--quick", "--contestant", "static, eager", "--cache", str(tmp_path), "--out", str(out)]
+    with pytest.raises(SystemExit):
+        scoreboard.main([*command, "--only", "time"])
+    assert "measure everything first" in capsys.readouterr().err
+    scoreboard.main(command)
+    first = render.read(out)
+    marked = first.model_copy(deep=True)
+    marked.scores[0].accuracy, marked.scores[0].seconds[1] = 0.75, 99.0
+    marked.write(out)
+    scoreboard.main([*command, "--only", "time"])
+    again = render.read(out)
+    assert again.command == first.command
+    assert "--only time" in again.settings["time"]
+    assert (again.scores[0].accuracy, again.scores[0].memory) == (0.75, first.scores[0].memory)
+    assert 0 < again.scores[0].seconds[1] < 99
 
 
 @pytest.mark.slow

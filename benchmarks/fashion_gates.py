@@ -31,7 +31,7 @@ import dyncompile as dc
 from benchmarks import harness
 from benchmarks.cases import torchvision
 from benchmarks.harness import Report, Table, Target
-from benchmarks.tasks import kept
+from benchmarks.tasks import trained_once
 from dyncompile.demo.datasets import Images, load
 from dyncompile.demo.models import ResNet, VisionTransformer
 from dyncompile.demo.train import Augmented, Schedule, accuracy, multiplies_in_bfloat16, train
@@ -65,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path, default=Path("fashion-gates"), help="static weights, stopped runs")
     parser.add_argument("--out", type=Path, default=Path("fashion_gates.json"), help="JSON; Markdown goes beside it")
     options = parser.parse_args(arguments)
+    if options.granularity == "channel" and "channel_gate" not in options.strategy.split("+"):
+        parser.error("--granularity is of channel_gate, which is not in --strategy")
     options.width = options.width or {"resnet20": 16, "vit": 96}[options.model]
     torch.set_num_threads(1)
     with contextlib.suppress(ImportError):
@@ -108,7 +110,7 @@ def static_model(images: Images, options: argparse.Namespace) -> nn.Module:
         )
     else:
         model = ResNet(20, width=options.width, classes=len(images.classes), in_channels=channels)
-    return kept(model, path, lambda: train(model, images, schedule, seed=0))
+    return trained_once(model, path, lambda: train(model, images, schedule, seed=0))
 
 
 def _named(options: argparse.Namespace) -> str:

@@ -87,9 +87,7 @@ PARTS = {
         summary="conversion, lowering and overhead of a call over depth and number of exits",
         arguments=_common,
     ),
-    "fashion-resnet": _scoreboard(
-        "fashion-resnet", quick=("static", "early exit", "layer skip", "cond", "SkipNet", "earlyon")
-    ),
+    "fashion-resnet": _scoreboard("fashion-resnet"),
     "fashion-vit": _scoreboard("fashion-vit", quick=("static, eager", "quantised", "by hand", "neuron gate")),
     "hapt-lstm": _scoreboard("hapt-lstm"),
     "large": Part(

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scale", choices=SCALES, default="full", help="how large and how long")
     parser.add_argument("--hapt", type=Path, help="the archive that benchmarks.recordings names, for hapt-lstm")
     parser.add_argument(
-        "--only", choices=["training", "time"], help="train and test; or time again what --out holds the rest of"
+        "--only", choices=["training", "time"], help="train and test; or time again all that --out holds"
     )
     parser.add_argument("--contestant", action="append", help="only those whose names contain this")
     parser.add_argument("--rounds", type=int, help=f"at every batch size; default: {ROUNDS}")
@@ -78,12 +78,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.only == "time":
         if not out.exists():
             parser.error(f"--only time: there is no {out}; measure everything first")
+        if options.contestant:
+            parser.error("--only time takes the contestants that --out holds, in turns; leave --contestant out")
         earlier = Scoreboard.model_validate_json(out.read_text(encoding="utf-8"))
         known = {score.name: score for score in earlier.scores}
         board.settings["time"] = f"measured again by {board.command}"
         board.command, board.refused = earlier.command, earlier.refused
     every = contestants(run.task, curves=not options.quick)
-    chosen = [c for c in every if not options.contestant or any(part in c.name for part in options.contestant)]
+    chosen = [c for c in every if (c.name in known if known else _asked_for(c, options.contestant))]
     calls: dict[str, dict[str, Call]] = {}
     for contestant in chosen:
         try:
@@ -99,19 +101,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         board.scores.append(score)
         calls[score.name] = forms
         print(f"{score.name}: accuracy {score.accuracy:.4f}, counted cost {score.cost:.3f}", flush=True)
-    board.write(out)
+    if not known:
+        board.write(out)
     if options.only != "training":
         for batch, count in (QUICK_STREAM if options.quick else STREAM).items():
             batches = [part for part in run.splits.test.tensors[0].split(batch) if len(part) == batch][:count]
             if batches:
                 fitting = {c.name: calls[c.name] for c in chosen if c.name in calls and batch >= c.smallest}
                 timed(board, fitting, batches, rounds=rounds[batch])
-            board.write(out)
+            if not known:  # else all times change places at once
+                board.write(out)
         for contestant in chosen:
-            if contestant.name in calls and contestant.name not in known:
+            if contestant.name in calls and not known:
                 weigh(board, contestant, run, quick=options.quick)
                 board.write(out)
+    board.write(out)
     print(board.table().markdown())
+
+
+def _asked_for(contestant: Contestant, names: list[str] | None) -> bool:
+    return not names or any(part in contestant.name for part in names)
 
 
 @torch.no_grad()

@@ -149,7 +149,7 @@ class Run:
         return train(model, self.splits.images, Schedule(**{**common, **self.task.schedule}))
 
 
-def kept(model: nn.Module, path: Path, fit: Callable[[], object]) -> nn.Module:
+def trained_once(model: nn.Module, path: Path, fit: Callable[[], object]) -> nn.Module:
     """A static model in eval mode, with the weights of a file, or trained by `fit` and kept in that file."""
     if path.exists():
         model.load_state_dict(load_file(path))

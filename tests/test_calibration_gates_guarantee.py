@@ -11,7 +11,7 @@ from dyncompile.calibration.knobs import OPEN
 from dyncompile.calibration.target import Target, designed, split
 from dyncompile.errors import UnreachableTargetError
 
-POOL, SAMPLES, LIMIT, DELTA, SPLITS = 20_000, 500, 0.05, 0.1, 100
+POOL, SAMPLES, LIMIT, DELTA, SPLITS = 20_000, 500, 0.05, 0.1, 200
 BIASES = (OPEN, 0.0, -2.0, -1.0, -0.5, 0.5, 1.0)
 
 
@@ -97,7 +97,7 @@ def broken(exits, splits=SPLITS, **target):
     [
         (0, SPLITS, {"max_drop": LIMIT, "method": "ltt"}),
         (0, SPLITS, {"max_drop": LIMIT, "method": "ucb"}),
-        (2, 60, {"max_drop": LIMIT, "method": "ltt"}),
+        (2, SPLITS, {"max_drop": LIMIT, "method": "ltt"}),
         (0, SPLITS, {"max_cost": 0.7}),
         (2, 60, {"max_cost": 0.6}),
     ],

@@ -10,7 +10,7 @@ from dyncompile.calibration.certify import Scores, choose
 from dyncompile.calibration.target import Target, split
 from dyncompile.errors import CalibrationError, UnreachableTargetError
 
-EXITS, POOL, SAMPLES, LIMIT, DELTA, SPLITS = 3, 20_000, 500, 0.05, 0.1, 100
+EXITS, POOL, SAMPLES, LIMIT, DELTA, SPLITS = 3, 20_000, 500, 0.05, 0.1, 200
 
 
 def calibrated(confidence, losses, /, *, seed=0, binary=True, **target):

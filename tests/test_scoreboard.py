@@ -77,14 +77,17 @@ def test_times_are_measured_again_alone(tmp_path, needs, capsys):
     out = tmp_path / "board.json"
     command = ["--quick", "--contestant", "static, eager", "--cache", str(tmp_path), "--out", str(out)]
     with pytest.raises(SystemExit):
-        scoreboard.main([*command, "--only", "time"])
+        scoreboard.main(["--quick", "--only", "time", "--out", str(out)])
     assert "measure everything first" in capsys.readouterr().err
     scoreboard.main(command)
     first = render.read(out)
     marked = first.model_copy(deep=True)
     marked.scores[0].accuracy, marked.scores[0].seconds[1] = 0.75, 99.0
     marked.write(out)
-    scoreboard.main([*command, "--only", "time"])
+    with pytest.raises(SystemExit):
+        scoreboard.main([*command, "--only", "time"])
+    assert "leave --contestant out" in capsys.readouterr().err
+    scoreboard.main([*command[:1], *command[3:], "--only", "time"])
     again = render.read(out)
     assert again.command == first.command
     assert "--only time" in again.settings["time"]

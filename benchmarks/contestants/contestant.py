@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from benchmarks.tasks import Run, kept
+from benchmarks.tasks import Run, trained_once
 from dyncompile.shapes import flop_counter
 
 Call = Callable[[Tensor], Tensor]
@@ -70,7 +70,7 @@ def flops(model: nn.Module, run: Run) -> float:
 def trained(run: Run, name: str, epochs: int, *, width: float = 1.0, half: bool = False) -> nn.Module:
     """A static model in eval mode, trained or as it was kept."""
     model = run.build(width=width, half=half)
-    return kept(model, run.folder / f"{name}.safetensors", lambda: run.fit(model, epochs))
+    return trained_once(model, run.folder / f"{name}.safetensors", lambda: run.fit(model, epochs))
 
 
 def laid_out(model: nn.Module, *, images: bool) -> Forms:

@@ -1,7 +1,5 @@
 """`python -m benchmarks`: list the parts of the scoreboard, run them, render what they found."""
 
-import sys
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.parts import PARTS, Options
+from benchmarks.parts import PARTS, Options, run, run_together
 from benchmarks.tasks import SCALES
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +28,8 @@ def main(
 ) -> None:
     """Measure parts of the scoreboard, one after the other, and write a JSON file for each.
 
+    With `--quick` as many at once as there are processors, for then no time counts.
+
     `render` writes benchmarks/RESULTS.md, its pictures and the README's tables from the JSON files of the repository.
     """
     unknown = sorted(set(parts or ()) - {*PARTS, RENDER})
@@ -43,15 +43,17 @@ def main(
         Console().print(table)
         return
     options = Options(quick=quick, device=device, out=out, cache=cache, scale=scale, hapt=hapt)
-    for name in parts or PARTS:
-        if name == RENDER:
-            from benchmarks.render import render
+    chosen = parts or list(PARTS)
+    measured = [name for name in chosen if name != RENDER]
+    if quick and len(measured) > 1:
+        run_together(measured, options)
+    else:
+        for name in measured:
+            run(name, options)
+    if RENDER in chosen:
+        from benchmarks.render import render
 
-            render(ROOT)
-            continue
-        start = time.perf_counter()
-        PARTS[name].run(name, options)
-        print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+        render(ROOT)
 
 
 if __name__ == "__main__":

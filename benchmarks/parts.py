@@ -1,8 +1,15 @@
 """The parts of the scoreboard by name: what each measures, and how it is started."""
 
+import contextlib
 import dataclasses
 import importlib
+import io
+import multiprocessing
+import os
+import sys
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 from benchmarks.tasks import TASKS
@@ -37,11 +44,13 @@ class Part:
         module: That has its `main(arguments)`.
         summary: One line.
         arguments: Of `main`, given the options, besides `--out`.
+        long: Takes longest, and so starts first where parts run at once.
     """
 
     module: str
     summary: str
     arguments: Callable[[Options], list[str]]
+    long: bool = False
 
     def run(self, name: str, options: Options) -> Path:
         """Measure, and return the JSON file."""
@@ -99,6 +108,7 @@ PARTS = {
         module="benchmarks.early_exit",
         summary="what exits cost and save with forced decisions; compile time, memory, a peer",
         arguments=_common,
+        long=True,
     ),
     "gates": Part(module="benchmarks.gates", summary="what gates save with forced decisions", arguments=_common),
     "fashion_gates": Part(
@@ -117,3 +127,29 @@ PARTS = {
         arguments=lambda options: _common(options, device=False),
     ),
 }
+
+
+def run(name: str, options: Options) -> None:
+    """Measure a part, and say on stderr how long that took."""
+    start = time.perf_counter()
+    PARTS[name].run(name, options)
+    print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+
+
+def run_together(names: list[str], options: Options) -> None:
+    """Run parts in processes of their own, on all processors; what each prints comes when it ends."""
+    spawned = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=spawned, max_tasks_per_child=1) as pool:
+        running = [pool.submit(_printed, name, options) for name in sorted(names, key=lambda n: not PARTS[n].long)]
+        try:
+            for done in as_completed(running):
+                print(done.result(), flush=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _printed(name: str, options: Options) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        run(name, options)
+    return out.getvalue()

@@ -104,17 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not known:
         board.write(out)
     if options.only != "training":
-        for batch, count in (QUICK_STREAM if options.quick else STREAM).items():
-            batches = [part for part in run.splits.test.tensors[0].split(batch) if len(part) == batch][:count]
-            if batches:
-                fitting = {c.name: calls[c.name] for c in chosen if c.name in calls and batch >= c.smallest}
-                timed(board, fitting, batches, rounds=rounds[batch])
-            if not known:  # else all times change places at once
-                board.write(out)
-        for contestant in chosen:
-            if contestant.name in calls and not known:
-                weigh(board, contestant, run, quick=options.quick)
-                board.write(out)
+        measured(board, run, chosen, calls, rounds, quick=options.quick, kept=None if known else out)
     board.write(out)
     print(board.table().markdown())
 
@@ -152,6 +142,35 @@ def tested(
         ),
         made,
     )
+
+
+def measured(
+    board: Scoreboard,
+    run: Run,
+    chosen: Sequence[Contestant],
+    calls: dict[str, dict[str, Call]],
+    rounds: dict[int, int],
+    *,
+    quick: bool,
+    kept: Path | None,
+) -> None:
+    """Time all contestants in turns and weigh each; `kept` is written on the way.
+
+    None where times are measured again: weights are known then, and all times change places at once.
+    """
+    for batch, count in (QUICK_STREAM if quick else STREAM).items():
+        batches = [part for part in run.splits.test.tensors[0].split(batch) if len(part) == batch][:count]
+        if batches:
+            fitting = {c.name: calls[c.name] for c in chosen if c.name in calls and batch >= c.smallest}
+            timed(board, fitting, batches, rounds=rounds[batch])
+        if kept is not None:
+            board.write(kept)
+    if kept is None:
+        return
+    for contestant in chosen:
+        if contestant.name in calls:
+            weigh(board, contestant, run, quick=quick)
+            board.write(kept)
 
 
 def timed(board: Scoreboard, calls: dict[str, dict[str, Call]], batches: list[Tensor], *, rounds: int) -> None:

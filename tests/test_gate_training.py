@@ -136,11 +136,6 @@ def test_schedules_that_mean_nothing_are_refused(dyn, options, message):
         GateSchedule(dyn, **{"target_cost": 0.6, **options})
 
 
-def test_gates_that_nothing_trains_are_named(born):
-    with pytest.warns(UserWarning, match="gates stay switched off: target_cost=0.6 would train them"):
-        finetune(born, epochs=1)
-
-
 def test_a_target_needs_gates(static):
     exits = dc.dynamize(static, "early_exit", exits=1, example_inputs=PIXELS[:2])
     with pytest.raises(ArgumentError, match="`target_cost`: found 0.6 for a model without gates; expected None"):
@@ -249,13 +244,6 @@ def test_gates_are_taught_by_the_static_model_by_default(dyn, device):
     result = finetune(plain, epochs=1, target_cost=0.6, objective=MultiExit())
     assert "train/distillation/final" not in result.history[0]
     assert {"train/sparsity/cost", "train/sparsity/usage", "train/sparsity/shape"} <= result.history[0].keys()
-
-
-def test_without_a_target_gates_stay_as_they_are(dyn, device):
-    dyn.gates["gate1"].enabled.fill_(True)
-    result = finetune(dyn, epochs=1, mode="heads", objective=Distillation(teacher=dyn.static()))
-    assert [bool(gate.enabled) for gate in dyn.gates.values()] == [False, True, False, False, False]
-    assert not any("sparsity" in name for name in result.history[0])
 
 
 def test_only_gates_move_in_mode_heads(dyn, device):

@@ -374,11 +374,17 @@ def test_of_equal_logits_the_first_groups_are_picked(converted):
     assert dyn.trace(*inputs(3)).decisions["neurons0"].tolist() == 3 * [[True, True, False, False]]
 
 
-def test_a_target_cost_is_refused_where_nothing_can_reach_it(converted):
-    _, dyn, _ = converted("mlp", top_k=2)
+def test_gates_that_open_a_fixed_number_are_trained_to_what_that_costs(converted):
+    _, dyn, inputs = converted("mlp", top_k=2)
     with pytest.raises(
-        ArgumentError, match="every gate opens a fixed number of parts; expected None: a sample costs 0"
+        ArgumentError, match=r"every gate opens a fixed number of parts; expected at least 0\.\d+, what"
     ):
-        GateSchedule(dyn, target_cost=0.6)
+        GateSchedule(dyn, target_cost=0.1)
+    schedule = GateSchedule(dyn, target_cost=0.9)
+    schedule.update(1.0)
+    trace = dyn.eval().trace(*inputs(7))
+    assert trace.cost.mean().item() == pytest.approx(schedule.target, abs=1e-3)
+    assert schedule.target < 0.9
+    assert trace.decisions["neurons0"].sum(-1).tolist() == 7 * [2]
     free = dc.dynamize(dyn.static(), [NeuronGate(hidden=2, top_k=2)], example_inputs=torch.randn(2, 12))
     assert free.gates["neurons0"].share == 0.25

@@ -124,7 +124,8 @@ def finetune(
         target_cost: What a sample is to cost on average, 1.0 = the static model, for a model with gates: they are
             enabled after a warm-up and annealed to it, and the cost's distance to it and a guard against dead and
             always-open gates are added to the objective. A `GateSchedule` sets the details. Exits are not counted:
-            their thresholds are `calibrate`'s. None: gates stay as they are.
+            their thresholds are `calibrate`'s. None: gates stay as they are, on or off, and decide as in evaluation;
+            with an `objective` of one's own those that are on learn what it says.
         lr: Learning rate of what was inserted.
         backbone_lr: That of the backbone. Default: a tenth of `lr`, and with `target_cost` as much.
         optimizer: Makes the optimizer from parameter groups that carry their `lr`.
@@ -175,11 +176,12 @@ def finetune(
     from dyncompile.training.lightning_module import FineTuning
 
     schedule = _schedule(dyn, target_cost)
+    gates = schedule is not None or objective is not None
     objective = _objective(dyn, objective, schedule)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_quiet())
         stack.enter_context(_own_randomness())
-        stack.enter_context(learning(dyn, mode))
+        stack.enter_context(learning(dyn, mode, gates=gates))
         where = Path(directory or stack.enter_context(tempfile.TemporaryDirectory()))
         data: dict[str, Any] = {
             "batch_size": batch_size,
@@ -195,6 +197,7 @@ def finetune(
             train_loader=_source(train_data, argument="train_data", shuffle=True, seed=seed, **data),
             val_loader=None if val_data is None else _source(val_data, argument="val_data", **data),
             mode=mode,
+            gates=gates,
             optimizer=optimizer,
             lr=lr,
             backbone_lr=backbone_lr,

@@ -42,6 +42,7 @@ class FineTuning(LightningModule):
         train_loader: Callable[..., DataLoader[Batch]],
         val_loader: Callable[..., DataLoader[Batch]] | None,
         mode: Mode,
+        gates: bool,
         optimizer: Callable[[list[dict[str, Any]]], Optimizer],
         lr: float,
         backbone_lr: float,
@@ -54,6 +55,7 @@ class FineTuning(LightningModule):
         self.train_loader = train_loader
         self.val_loader = val_loader
         self.mode = mode
+        self.gates = gates
         self.optimizer = optimizer
         self.lr = lr
         self.backbone_lr = backbone_lr
@@ -114,7 +116,7 @@ class FineTuning(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Set what the epoch starts from, whatever ran before."""
-        set_training(self.dyn, self.mode)
+        set_training(self.dyn, self.mode, gates=self.gates)
         self._reseed()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002

@@ -14,17 +14,17 @@ INSERTED = ("exits", "gates")
 """The children of a dynamic model that passes inserted; the others are its backbone."""
 
 
-def set_training(dyn: nn.Module, mode: Mode) -> None:
-    """Put a dynamic model into training mode.
+def set_training(dyn: nn.Module, mode: Mode, *, gates: bool = True) -> None:
+    """Put a dynamic model into training mode, but for what does not learn.
 
     With "heads" the backbone stays in evaluation mode, so that the statistics of its batch norms do
-    not move and its dropout does not blur the features that heads are trained on.
+    not move and its dropout does not blur the features that heads are trained on. Without `gates` these decide as in
+    evaluation.
     """
     dyn.train()
-    if mode == "heads":
-        for name, child in dyn.named_children():
-            if name not in INSERTED:
-                child.eval()
+    for name, child in dyn.named_children():
+        if (name == "gates" and not gates) or (name not in INSERTED and mode == "heads"):
+            child.eval()
 
 
 def default_backbone_lr(lr: float, *, gated: bool) -> float:
@@ -47,22 +47,28 @@ def parameter_groups(dyn: nn.Module, lr: float, backbone_lr: float) -> list[dict
 
 
 @contextlib.contextmanager
-def learning(dyn: nn.Module, mode: Mode) -> Iterator[None]:
+def learning(dyn: nn.Module, mode: Mode, *, gates: bool = True) -> Iterator[None]:
     """Let the parameters of a mode learn; then restore flags, modes and device, whatever happened.
+
+    Args:
+        dyn: The model.
+        mode: "heads" or "joint".
+        gates: Whether gates learn.
 
     Raises:
         ArgumentError: Nothing could learn.
     """
     with preserved(dyn):
-        inserted = _inserted(dyn)
-        if mode == "heads":
-            for parameter in dyn.parameters():
-                parameter.requires_grad_(parameter.requires_grad and parameter in inserted)
+        still = set(dyn.parameters()) - _inserted(dyn) if mode == "heads" else set()
+        if not gates:
+            still |= _inserted(dyn, ("gates",))
+        for parameter in still:
+            parameter.requires_grad_(False)
         if not any(parameter.requires_grad for parameter in dyn.parameters()):
             raise ArgumentError(
                 "mode",
                 found=f"{mode!r} for a model without parameters that it could train",
-                expected="some that require a gradient; 'heads' needs exits or gates",
+                expected="some that require a gradient; 'heads' needs exits, or gates and a target_cost",
             )
         yield
 
@@ -84,5 +90,5 @@ def preserved(dyn: nn.Module) -> Iterator[None]:
             parameter.grad = None
 
 
-def _inserted(dyn: nn.Module) -> set[nn.Parameter]:
-    return {parameter for name, child in dyn.named_children() if name in INSERTED for parameter in child.parameters()}
+def _inserted(dyn: nn.Module, names: tuple[str, ...] = INSERTED) -> set[nn.Parameter]:
+    return {parameter for name, child in dyn.named_children() if name in names for parameter in child.parameters()}

@@ -115,10 +115,12 @@ class GateSchedule:
         self._rates = np.linspace(0, 1, _STEPS)
         self._cost_at = _cost_at(dyn, self._costs, self._rates)
         least, full = float(self._cost_at[0]), float(self._cost_at[-1])
-        if full - least < 1e-6:
-            found = f"{target_cost}, where every gate opens a fixed number of parts"
-            raise ArgumentError("target_cost", found=found, expected=f"None: a sample costs {full:.3f} whatever it is")
-        if not (least < self._goal and target_cost <= full):
+        if full - least < 1e-6:  # nothing to anneal
+            if target_cost < full - 1e-3:
+                found = f"{target_cost}, where every gate opens a fixed number of parts"
+                raise ArgumentError("target_cost", found=found, expected=f"at least {full:.3f}, what a sample costs")
+            self._goal = full
+        elif not (least < self._goal and target_cost <= full):
             raise ArgumentError(
                 "target_cost",
                 found=target_cost,

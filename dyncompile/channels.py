@@ -19,6 +19,7 @@ from torch.fx import Node
 
 from dyncompile.graph import Graph, is_tensor, spec
 from dyncompile.kinds import BATCH_NORMS, CONVOLUTIONS, DROPOUTS, LINEARS, POINTWISE, POOLS, kind_of
+from dyncompile.nn.neurons import NeuronMask
 from dyncompile.ops import arms_of, is_select
 
 Dim = tuple[Node, int]
@@ -93,6 +94,8 @@ def sizes_argument(node: Node) -> tuple[int, int] | None:
 def describe(graph: Graph, node: Node) -> str:
     """A node in words: its layer and the layer's type, or its operation."""
     module = graph.module_of(node)
+    if isinstance(module, NeuronMask):
+        return f"`{node.args[1]}`, by which neuron_gate has split the layer,"
     if module is not None:
         return f"`{node.target}` ({type(module).__name__})"
     target = node.target

@@ -24,6 +24,7 @@ from dyncompile.values import share, whole
 
 aten = torch.ops.aten
 
+_LEVELS, _CHAIN = (0.25, 0.5, 0.75, 1.0), 2
 _NORMS = ("switchable", "recalibrated", "shared")
 _LEAST = 2
 """Channels that the narrowest level keeps: of one channel the layouts of an image cannot be told apart."""
@@ -78,8 +79,8 @@ class ChannelGate(Pass):
 
     granularity: str = "levels"
     keep: float | None = None
-    levels: Sequence[float] = (0.25, 0.5, 0.75, 1.0)
-    chain: int = 2
+    levels: Sequence[float] = _LEVELS
+    chain: int = _CHAIN
     norm: str = "switchable"
     worth: float = 0.002
     hidden: int = 16
@@ -97,6 +98,10 @@ class ChannelGate(Pass):
         ascending = all(a < b for a, b in zip([0.0, *shares], shares, strict=False))
         if len(shares) < 2 or not ascending or shares[-1] != 1:
             raise ArgumentError("levels", found=repr(self.levels), expected="at least two ascending shares up to 1.0")
+        for argument, value, default in (("levels", tuple(given), _LEVELS), ("chain", self.chain, _CHAIN)):
+            if self._each and value != default:
+                found = f"{value} with granularity='channel'"
+                raise ArgumentError(argument, found=found, expected="granularity='levels' beside it")
         for argument, value in (("chain", self.chain), ("hidden", self.hidden)):
             whole(argument, value, least=1)
         if not share("worth", self.worth) < 1:

@@ -67,6 +67,8 @@ class LayerSkip(Pass):
         ):
             if value not in allowed:
                 raise ArgumentError(argument, found=repr(value), expected=f"one of {allowed}")
+        if not isinstance(self.projection, bool):
+            raise ArgumentError("projection", found=repr(self.projection), expected="True or False")
         if type(self.hidden) is not int or self.hidden < 1:
             raise ArgumentError("hidden", found=repr(self.hidden), expected="a width >= 1")
 

@@ -43,7 +43,8 @@ class NeuronGate(Pass):
     Legality: between the two layers stands only what acts on each neuron alone (activations, dropout, the product of
     a gated layer such as SwiGLU); nobody else reads the neurons; layers do not overlap; there are at least as many
     neurons as groups; the layer is at least `min_share` of the model's FLOPs, and its gate is cheaper than what can be
-    saved. Its input has a row for each sample; by the sample no more than one, by the token samples come first.
+    saved. Its input has a row for each sample; by the sample no more than one, by the token samples come first. In
+    layers that `channel_gate` narrows, the groups are those of the full width: narrower levels run whole.
 
     Args:
         groups: How many at most: the largest number up to it that splits the neurons into groups of equal size.

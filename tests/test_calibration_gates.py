@@ -219,7 +219,7 @@ def test_examples_are_a_fair_sample_whatever_the_batches():
     for size in (300, 7):
         kept = Examples(count=40)
         for batch in torch.arange(300).split(size):
-            kept.add(images[batch], counted[batch])
+            kept.add([images[batch]], counted[batch])
         found.append(kept.of(np.arange(int(counted.sum()))))
     assert list(found[0]) == list(found[1])
     assert len(found[0]) == 40
@@ -227,7 +227,7 @@ def test_examples_are_a_fair_sample_whatever_the_batches():
     shown = images[counted]
     assert all(np.array_equal(image, shown[i].numpy()) for i, image in found[0].items())
     large = Examples()
-    large.add(torch.rand(2, 3, 200, 100), torch.ones(2, dtype=torch.bool))
+    large.add([torch.rand(2, 3, 200, 100)], torch.ones(2, dtype=torch.bool))
     assert large.of(np.arange(2))[0].shape == (3, 96, 48)
 
 

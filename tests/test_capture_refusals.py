@@ -50,7 +50,7 @@ def test_a_little_mixing_in_half_precision_is_seen(device):
 
 def test_time_taken_for_the_batch_is_refused(device):
     model = Lambda(lambda m, x: m.lstm(x)[0], lstm=nn.LSTM(4, 4)).to(device)
-    with pytest.raises(CaptureError, match="where the batch is not dim 0 of an input, pass batch_dims"):
+    with pytest.raises(CaptureError, match="the batch was taken to be dim 0 of `x`, and the model fixes its size"):
         capture(model, (torch.randn(5, 2, 4, device=device),))
 
 

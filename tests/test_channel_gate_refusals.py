@@ -71,6 +71,8 @@ def test_a_gate_must_be_worth_it(device):
         ({"norm": "private"}, "`norm`: found 'private'"),
         ({"worth": 1.0}, "`worth`: found 1.0"),
         ({"hidden": True}, "`hidden`: found True"),
+        ({"granularity": "channel", "levels": (0.5, 1.0)}, r"`levels`: found \(0.5, 1.0\) with granularity='channel'"),
+        ({"granularity": "channel", "chain": 1}, "`chain`: found 1 with granularity='channel'; expected granularity="),
         ({"pool": "max"}, "`pool`: found 'max'"),
         ({"estimator": "none"}, "`estimator`: found 'none'"),
     ],

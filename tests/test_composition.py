@@ -22,8 +22,14 @@ CLASHES = {
     ("images", ("block_policy", "layer_skip")): "the decision `block0` skips it already",
     ("text", ("layer_skip", "block_policy")): "the decision `gate0` skips it already",
     ("text", ("block_policy", "layer_skip")): "the decision `block0` skips it already",
-    ("text", ("neuron_gate", "channel_gate")): r"`_modes.neurons0_mask` \(NeuronMask\) works across its channels",
-    ("vectors", ("neuron_gate", "channel_gate")): r"`_modes.neurons0_mask` \(NeuronMask\) works across its channels",
+    (
+        "text",
+        ("neuron_gate", "channel_gate"),
+    ): "`neurons0`, by which neuron_gate has split the layer, works across its channels",
+    (
+        "vectors",
+        ("neuron_gate", "channel_gate"),
+    ): "`neurons0`, by which neuron_gate has split the layer, works across its channels",
     # Of two layers between input and output, all lies in the region of the gate: no value is on every path.
     ("vectors", ("channel_gate", "early_exit")): "`early_exit` .* found no site: the graph offers none",
     ("vectors", ("neuron_gate", "early_exit")): "found a head as dear as what an exit here could save",

@@ -225,6 +225,7 @@ def test_options_are_checked():
         ({"pool": "max"}, r"`pool`: found 'max'"),
         ({"estimator": "oracle"}, r"`estimator`: found 'oracle'"),
         ({"hidden": 0}, r"`hidden`: found 0; expected a width >= 1"),
+        ({"projection": "no"}, r"`projection`: found 'no'; expected True or False"),
     ):
         with pytest.raises(ArgumentError, match=message):
             LayerSkip(**options)

@@ -316,12 +316,12 @@ def test_gallery_keeps_the_ends_whatever_the_batches() -> None:
     for size in (50, 7):
         gallery = Gallery(5)
         for batch in torch.arange(50).split(size):
-            gallery.add({"x": torch.zeros(len(batch), 9), "image": images[batch]}, confidence[batch], counted[batch])
+            gallery.add([torch.zeros(len(batch), 9), images[batch]], confidence[batch], counted[batch])
         found.append([[index for index, _ in end] for end in gallery.ends()])
     order = confidence[counted].mean(1).argsort().tolist()
     assert found[0] == found[1] == [order[:5], order[-5:][::-1]]
     few = Gallery(5)
-    few.add(images[:3], confidence[:3], torch.ones(3, dtype=torch.bool))
+    few.add([images[:3]], confidence[:3], torch.ones(3, dtype=torch.bool))
     assert [len(end) for end in few.ends()] == [1, 1]
     none = Gallery(5)
     none.add(torch.rand(4, 8), confidence[:4], torch.ones(4, dtype=torch.bool))

@@ -55,6 +55,61 @@ def test_kept_frames_are_marked_next_to_the_sequence(shape):
         kept_frames(usage({"frames": ran}), decision="other")
 
 
+def test_kept_tokens_are_marked_by_their_words():
+    ran = np.array([[1, 0, 0], [1, 1, 1], [1, 0, np.nan]])
+    examples = {i: np.array([7, 8, i], dtype=np.float32) for i in range(3)}
+    figure = kept_frames(usage({"frames": ran}, examples=examples), words="abcdefghi".__getitem__)
+    assert [[text.get_text() for text in axes.texts] for axes in figure.axes] == [
+        ["h", "i", "a"], ["h", "i"], ["h", "i", "b"]
+    ]  # fmt: skip
+    assert [len(axes.patches) for axes in figure.axes] == [1, 1, 3]
+
+
+def test_every_square_has_a_name():
+    ran = {f"gate{i}": np.array([0.0, 1.0]) for i in range(36)}
+    assert [text.get_text() for text in skip_patterns(usage(ran)).axes[0].texts[1:]] == list(ran)
+    assert [label.get_text() for label in gate_heatmap(usage(ran)).axes[0].get_xticklabels()] == list(ran)
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda u: gate_heatmap(u, classes=["cat"]), "`classes`: found 1 names; expected 2, for labels up to 1"),
+        (lambda u: skip_patterns(u, count=0), "`count`: found 0; expected a whole number, at least 1"),
+        (lambda u: kept_frames(u, count=-1), "`count`: found -1"),
+        (lambda u: kept_frames(u, decision="a"), r"`decision`: found 'a'; expected one by frame: \['frames'\]"),
+        (lambda u: gate_heatmap(3), "`usage`: found a int; expected what dyncompile.reporting.observe returns"),
+        (
+            lambda u: observe(torch.nn.Linear(2, 2), u),
+            "`dyn`: found a Linear; expected what dyncompile.dynamize returns",
+        ),
+    ],
+)
+def test_mistakes_are_named(draw, message):
+    ran = {"a": np.array([1.0, 0.0]), "frames": np.ones((2, 3))}
+    with pytest.raises(ArgumentError, match=message):
+        draw(usage(ran, labels=np.array([0, 1])))
+
+
+@pytest.mark.parametrize("samples", [5, 6])  # as many as steps, and not
+def test_examples_are_samples_where_time_comes_first(samples):
+    class TimeFirst(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.fc = torch.nn.LSTM(3, 4), torch.nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.fc(self.rnn(x)[0][-1])
+
+    x = torch.randn(5, samples, 3)
+    dyn = dc.dynamize(TimeFirst(), "frame_skip", example_inputs=x[:, :2], batch_dims={"x": 1})
+    dyn.gates["frames0"].enabled.fill_(True)
+    batch = x, torch.zeros(samples, dtype=torch.int64)
+    seen = observe(dyn, torch.utils.data.DataLoader([batch], batch_size=None))
+    assert all(np.array_equal(shown, x[:, i].numpy()) for i, shown in seen.examples.items())
+    assert len(kept_frames(seen).axes) == 4
+
+
 def test_observe_sees_what_the_calibration_saw():
     dyn, (x, y) = gated(["layer_skip", "early_exit"])
     result = calibrate(dyn, (x, y), max_cost=0.5, method="greedy", progress=False)

@@ -7,12 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from dyncompile.calibration.knobs import Knobs
 from dyncompile.calibration.risk import Array
 from dyncompile.calibration.usage import Usage
-from dyncompile.data import Inputs
 from dyncompile.module import DynamicModule
 
 
@@ -75,17 +73,17 @@ class Gallery:
         self._kept: list[tuple[float, int, NDArray[np.float32]]] = []
         self._seen = 0
 
-    def add(self, inputs: Inputs, ease: Tensor, counted: Tensor) -> None:
+    def add(self, inputs: Sequence[Tensor], ease: Tensor, counted: Tensor) -> None:
         """Look at one batch.
 
         Args:
-            inputs: Of the batch; its first leaf of shape `[N, C, H, W]`, C 1 or 3, is kept from.
+            inputs: `[N, ...]` each (`batch_first`); the first of shape `[N, C, H, W]`, C 1 or 3, is kept from.
             ease: `[N, ...]`, such as confidences, averaged for each sample.
             counted: Which samples are looked at, `[N]`; the others have no index.
         """
         ease = ease[counted].float().flatten(1).mean(1)
-        images = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and _are_images(x)]
-        if images and len(images[0]) == len(counted):
+        images = [x for x in inputs if _are_images(x)]
+        if images:
             shown = images[0][counted.to(images[0].device)]
             order = ease.argsort().tolist()
             for i in {*order[: self.count], *order[-self.count :]}:

@@ -25,7 +25,7 @@ from dyncompile.calibration.temperature import (
     mean_of_labelled,
     negative_log_likelihood,
 )
-from dyncompile.calibration.usage import Examples
+from dyncompile.calibration.usage import Examples, batch_first
 from dyncompile.data import IGNORE_INDEX, Batch, Inputs, as_loader, call, find_device
 from dyncompile.errors import ArgumentError, CalibrationError, DataError, require
 from dyncompile.module import DynamicModule, Trace
@@ -197,9 +197,10 @@ class _Tape:
         self.unlabelled += len(kept) - int(kept.sum())
         # With gates as trained, if there are any: what costs much then is hard, where no exit says so.
         shown = row[min(1, len(row) - 1)]
-        self.gallery.add(moved[0], shown["confidence"] if len(self.dyn.exits) else -shown["cost"][:, None], kept)
+        samples = batch_first(self.dyn, moved[0])
+        self.gallery.add(samples, shown["confidence"] if len(self.dyn.exits) else -shown["cost"][:, None], kept)
         if self.groups:
-            self.examples.add(moved[0], kept)
+            self.examples.add(samples, kept)
         self.flat = self.flat and targets.ndim == 1
 
     def _counted(self, targets: Tensor) -> Tensor:

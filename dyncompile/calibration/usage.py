@@ -9,10 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 
 from dyncompile.cost import guard_probability
-from dyncompile.data import Inputs
+from dyncompile.data import Inputs, call
 from dyncompile.module import DynamicModule, decision_owners, decision_parts, decision_routes, decisions_within
 
 _SIDE = 96
@@ -32,8 +31,8 @@ class Usage:
             `neurons0.0`, `neurons0.1`, ...; of more than 16, as of channels, the share of them that ran.
         groups: Decisions by the pass that inserted their gates.
         labels: Class of each sample, `[M]`; None where samples have not exactly one.
-        examples: Inputs of some of the samples, by their index: an image `[C, H, W]`, a sequence `[T, D]` or a video
-            `[T, C, H, W]`.
+        examples: Inputs of some of the samples, by their index: an image `[C, H, W]`, a sequence `[T, D]`, a video
+            `[T, C, H, W]` or token ids `[T]`.
     """
 
     ran: Mapping[str, NDArray[np.float32]]
@@ -101,6 +100,12 @@ def decisions_by_group(
     return {group: made for group, made in found.items() if made}
 
 
+def batch_first(dyn: DynamicModule, inputs: Inputs) -> list[Tensor]:
+    """The tensors of a batch of inputs that have rows of samples, with these in dim 0."""
+    tensors = call(lambda *args, **kwargs: dyn.graph.bind(args, kwargs), inputs)
+    return [t.movedim(dim, 0) for t, dim in zip(tensors, dyn.graph.batch_dims, strict=True) if dim is not None]
+
+
 class Examples:
     """Keeps some inputs while the data pass by: of all samples, each as likely as any other.
 
@@ -116,16 +121,14 @@ class Examples:
         self._places: list[int] = []
         self._seen = 0
 
-    def add(self, inputs: Inputs, counted: Tensor) -> None:
+    def add(self, inputs: Sequence[Tensor], counted: Tensor) -> None:
         """Look at one batch.
 
         Args:
-            inputs: Of the batch; its first leaf that is an image, a sequence or a video is kept from.
+            inputs: `[N, ...]` each (`batch_first`); the first that can be drawn is kept from.
             counted: Which samples are looked at, `[N]`; the others have no index.
         """
-        shown = [
-            x for x in tree_leaves(inputs) if isinstance(x, Tensor) and _can_be_shown(x) and len(x) == len(counted)
-        ]
+        shown = [x for x in inputs if _can_be_shown(x)]
         if shown:
             for row in counted.nonzero()[:, 0].tolist():
                 self._offer(self._seen, shown[0][row])
@@ -151,15 +154,16 @@ class Examples:
 
 
 def _can_be_shown(tensor: Tensor) -> bool:
-    if not tensor.is_floating_point() or tensor.ndim not in (3, 4, 5):
+    if not tensor.is_floating_point():
+        return tensor.ndim == 2 and tensor.dtype != torch.bool and not tensor.is_complex()
+    if tensor.ndim not in (3, 4, 5):
         return False
     return tensor.ndim == 3 or (tensor.shape[-3] in (1, 3) and min(tensor.shape[-2:]) > 1)
 
 
 def _small(value: Tensor) -> NDArray[np.float32]:
     value = value.detach().float()
-    side = max(value.shape[-2:])
-    if value.ndim > 2 and side > _SIDE:
+    if value.ndim > 2 and (side := max(value.shape[-2:])) > _SIDE:
         size = [max(1, round(n * _SIDE / side)) for n in value.shape[-2:]]
         value = F.interpolate(value if value.ndim == 4 else value[None], size, mode="area").reshape(
             *value.shape[:-2], *size

@@ -214,9 +214,16 @@ def _export(
     except DyncompileError:
         raise
     except Exception as error:  # whatever the user's own forward or torch.export raises
-        fixed = "specialized" in str(error)
-        hint = "; where the batch is not dim 0 of an input, pass batch_dims; there has to be one" if fixed else ""
-        raise CaptureError(f"torch.export stopped: {_reason(error)}{hint}") from error
+        stopped = f"torch.export stopped: {_reason(error)}"
+        if "specialized" in str(error):
+            taken = [
+                f"dim {dim} of `{name}`" for name, dim in zip(signature.names, dims, strict=True) if dim is not None
+            ]
+            stopped = (
+                f"the batch was taken to be {', '.join(taken)}, and the model fixes its size; "
+                f"where it is another dim of an input, pass batch_dims; there has to be one; {stopped}"
+            )
+        raise CaptureError(stopped) from error
     return exported, calls
 
 

@@ -320,10 +320,7 @@ def _trainer(where: Path, *, log: bool, validated: bool, patience: int | None, *
             callbacks=[*callbacks, *(given if isinstance(given, list) else [given])],
             logger=options.pop("logger", loggers),
             default_root_dir=where,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            log_every_n_steps=options.pop("log_every_n_steps", 10),
-            **options,
+            **{"enable_model_summary": False, "num_sanity_val_steps": 0, "log_every_n_steps": 10, **options},
         )
     except (ValueError, TypeError, MisconfigurationException) as error:
         found = " ".join(str(error).split())

@@ -108,6 +108,10 @@ class Target(BaseModel):
         return distance if self.at_least else -distance
 
 
+_LONG = 100
+"""Rows above which a table is folded."""
+
+
 class Table(BaseModel):
     """Rows to read."""
 
@@ -117,9 +121,11 @@ class Table(BaseModel):
     note: str = ""
 
     def markdown(self) -> str:
-        """The table in Markdown."""
+        """The table in Markdown; a long one is folded."""
         rows = [self.columns, ["---"] * len(self.columns), *([_text(v) for v in r] for r in self.rows)]
         lines = ["| " + " | ".join(row) + " |" for row in rows]
+        if len(self.rows) > _LONG:
+            lines = [f"<details><summary>{len(self.rows)} rows</summary>", "", *lines, "", "</details>"]
         return "\n".join([f"### {self.title}", "", *lines, *(["", self.note] if self.note else [])])
 
 

@@ -85,6 +85,12 @@ def needs() -> Callable[[str], ModuleType]:
     return needs
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: several processes should not wait for one of them in the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def _skip_is_failure(report: pytest.TestReport | pytest.CollectReport) -> bool:
     if os.environ.get("CI") != "true" or not report.skipped or hasattr(report, "wasxfail"):
         return False

@@ -9,6 +9,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.harness import Report, Target, Timing, take_turns  # noqa: E402
 
 
+@pytest.mark.slow
 def test_exported_files_are_compared_with_the_lowered_model(tmp_path, needs):
     for package in ("torchvision", "sklearn"):
         needs(package)

@@ -152,6 +152,7 @@ def test_flops_of_an_arm_by_hand(converted):
         assert regions[f"width0={arm}"] == 2 * 64 * (16 * kept + 9 * kept * kept + kept * 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["basic", "inverted", "mlp"])
 def test_inductor_equals_reference(converted, name):
     _, dyn, inputs = converted(name)

@@ -123,6 +123,7 @@ def exported(tmp_path_factory):
     return export
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("routing", ["sample", "batch"])
 @pytest.mark.parametrize(("kind", "chain"), CASES)
 def test_the_file_decides_and_computes_what_the_model_does(exported, kind, chain, routing):

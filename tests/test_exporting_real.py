@@ -41,6 +41,7 @@ def real(tmp_path_factory, needs):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUICK)
 def test_outputs_and_decisions_are_the_lowered_models(real, name):
     dyn, x, path = real(name)

@@ -51,6 +51,7 @@ def test_residual_branches_are_all_found(captured, name, identity, projection):
         assert spec(b.add) == spec(b.output) == spec(b.shortcut)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "swin_t", "densenet121"])
 def test_one_dominator_is_the_one_that_the_whole_tree_has(captured, name):
     graph = captured(name)

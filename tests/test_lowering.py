@@ -422,6 +422,7 @@ programs = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(
     max_examples=30,
     deadline=None,

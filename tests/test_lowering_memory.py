@@ -60,6 +60,7 @@ def test_what_is_still_read_is_not_written_to(base, after, device):
         assert torch.equal(x, kept)
 
 
+@pytest.mark.slow
 def test_a_value_of_ones_own_is_written_into(device):
     _, fast = lowered(Chosen(BASES["of its own"]), device, (torch.randn(2, 4, device=device),), "inductor")
     assert ".clone()" not in fast.source
@@ -88,6 +89,7 @@ class Lives(nn.Module):
         return dc.select(decided[:, 1] > decided[:, 2], self.first(y), y), lent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 @pytest.mark.parametrize("kind", ["a choice", "a view", "an arm"])
 def test_what_was_lent_is_not_written_to(kind, backend, device):

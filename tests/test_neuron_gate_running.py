@@ -213,6 +213,7 @@ def test_changed_weights_are_read(converted, split, change):
     assert not torch.allclose(fast(*x), before)
 
 
+@pytest.mark.slow
 def test_compiled_segments(converted):
     _, dyn, inputs = converted("mlp", split="cluster")
     decisive(dyn)

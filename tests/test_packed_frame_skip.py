@@ -124,6 +124,7 @@ def test_a_layer_runs_over_the_kept_steps_alone(device):
             torch.testing.assert_close(which(x, lengths), y, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_inductor(device):
     _, dyn = converted(device)
     fast = dc.lower(dyn)
@@ -313,6 +314,7 @@ class Speaker(nn.Module):
         return self.fc(self.rnn(packed)[1][0][-1])
 
 
+@pytest.mark.slow
 def test_spoken_vowels(device, needs):
     aeon = needs("aeon.datasets")
     parts = []

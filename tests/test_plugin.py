@@ -44,6 +44,7 @@ def images(n, device, taken=0.5):
     return x
 
 
+@pytest.mark.slow
 def test_equal_at_every_batch_size_and_after_the_weights_change(written, device):
     model, fast = written
     with torch.no_grad():
@@ -142,6 +143,7 @@ class Scaled(nn.Module):
         return self.head(dc.select(x[:, 0, 0] > self.threshold, h + self.arm(h).relu(), h))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_sizes_and_numbers_that_dynamo_leaves_open(device, lowered_runs, dynamic):
     torch._dynamo.reset()

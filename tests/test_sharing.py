@@ -170,6 +170,7 @@ def test_what_cannot_be_compared_has_none(device):
     assert structure(torch.fx.GraphModule(root, graph)) is None
 
 
+@pytest.mark.slow
 def test_a_deep_model_compiles_each_kind_of_block_once(device):
     if device.type != "cpu":
         pytest.skip("programs are shared on the processor alone")

@@ -161,6 +161,7 @@ def lowered_equals_reference(dyn, inputs, device, backend, tolerance):
     assert leaf(call(fast, empty)).shape == (0, *expected.shape[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hf_gpt2", "encoder", "lstm", "mobilenetv4_conv_small"])
 def test_inductor_equals_reference(name, needs, device):
     make, inputs = ZOO[name]

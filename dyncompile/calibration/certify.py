@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -184,12 +185,13 @@ class _Part:
         self.setting = setting
         self.samples = samples
         self.scores = setting.scores
+        self._costs = cache(self._costs_of)
         confidence = self.scores.confidence[samples]
         self.space = ThresholdSpace(confidence, self._costs) if space is None else space
         self.passed = self.space.passed(confidence)
         self.losses = self.scores.losses[samples]
 
-    def _costs(self, enabled: tuple[bool, ...]) -> Array:
+    def _costs_of(self, enabled: tuple[bool, ...]) -> Array:
         costs = self.setting.cost_of(enabled)
         return costs if costs.ndim == 1 else costs[self.samples]
 

@@ -7,8 +7,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import harness
 from benchmarks.parts import PARTS, Options, run, run_together
 from benchmarks.tasks import SCALES
+from dyncompile.data import find_device
+from dyncompile.errors import DyncompileError
 
 ROOT = Path(__file__).parent.parent
 RENDER = "render"
@@ -42,6 +45,12 @@ def main(
         table.add_row(RENDER, "RESULTS.md, pictures and the README's tables, from the JSON files")
         Console().print(table)
         return
+    try:
+        find_device(device)
+    except DyncompileError as error:
+        raise typer.BadParameter(str(error)) from error
+    if scale not in SCALES:
+        raise typer.BadParameter(f"--scale {scale!r}; there are {list(SCALES)}")
     options = Options(quick=quick, device=device, out=out, cache=cache, scale=scale, hapt=hapt)
     chosen = parts or list(PARTS)
     measured = [name for name in chosen if name != RENDER]
@@ -57,4 +66,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app(prog_name="python -m benchmarks")
+    harness.told(lambda: app(prog_name="python -m benchmarks"))

@@ -250,4 +250,4 @@ def memory(report: Report, name: str, batch: int, *, quick: bool, device: str) -
 
 
 if __name__ == "__main__":
-    main()
+    harness.told(main)

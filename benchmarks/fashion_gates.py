@@ -218,4 +218,4 @@ def _shortened(images: Images, samples: int) -> Images:
 
 
 if __name__ == "__main__":
-    main()
+    harness.told(main)

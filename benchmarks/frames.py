@@ -236,4 +236,4 @@ def spread(batch: int, steps: int, kept: float, *, each: bool) -> Tensor:
 
 
 if __name__ == "__main__":
-    main()
+    harness.told(main)

@@ -215,4 +215,4 @@ def _levels(kept: float, arms: int) -> list[float]:
 
 
 if __name__ == "__main__":
-    main()
+    harness.told(main)

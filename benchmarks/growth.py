@@ -235,4 +235,4 @@ def _compiled(depth: int, *, rounds: int, device: str) -> list[float]:
 
 
 if __name__ == "__main__":
-    main()
+    harness.told(main)

@@ -12,16 +12,20 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from pydantic import BaseModel, computed_field
 from torch import Tensor
 
+from dyncompile.data import find_device
+from dyncompile.errors import DyncompileError
+
 Call = Callable[[], object]
+Key = TypeVar("Key", bound=Hashable)
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
@@ -206,8 +210,8 @@ def take_turns(
 
 @torch.no_grad()
 def stream(
-    calls: Mapping[str, Callable[[Tensor], object]], inputs: Sequence[Tensor], *, rounds: int, device: str = "cpu"
-) -> dict[str, Stream]:
+    calls: Mapping[Key, Callable[[Tensor], object]], inputs: Sequence[Tensor], *, rounds: int, device: str = "cpu"
+) -> dict[Key, Stream]:
     """Time calls on a stream of inputs in rounds, every call once a round over all inputs, in an order drawn anew.
 
     Args:
@@ -216,7 +220,7 @@ def stream(
         rounds: How many to count; one before them, in which compilers may run, is not.
         device: Where the work is done; waited for where it is not the processor.
     """
-    seconds: dict[str, list[list[float]]] = {name: [] for name in calls}
+    seconds: dict[Key, list[list[float]]] = {name: [] for name in calls}
     names = list(calls)
     order = random.Random(0)
     for turn in range(rounds + 1):
@@ -269,8 +273,17 @@ def command(name: str, arguments: Sequence[str] | None) -> str:
     return f"python -m benchmarks.{name} {shlex.join(shown)}".strip()
 
 
+def told(main: Callable[[], None]) -> None:
+    """Run a benchmark from the command line: a mistake is told in a line."""
+    try:
+        main()
+    except DyncompileError as error:
+        sys.exit(f"error: {error}")
+
+
 def machine(device: str) -> dict[str, str]:
     """What the figures were measured on, and how busy it was when they were."""
+    find_device(device)
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -21,6 +21,7 @@ import dyncompile as dc
 from benchmarks import harness
 from benchmarks.cases import torchvision
 from benchmarks.early_exit import realised_saving
+from benchmarks.forms import WHOLE, whole
 from benchmarks.harness import Report, Table, Timing, take_turns
 from dyncompile.lowering import LoweredModule
 from dyncompile.testing import forced
@@ -101,7 +102,7 @@ def compare(
         module.get_buffer("enabled").fill_(True)
     for exit_ in dyn.exits.values():
         exit_.get_buffer("threshold").fill_(1.0)
-    static = static_forms(model, device, compilers=not tiny)
+    static = static_forms(model, images(2), device, compilers=not tiny)
     dynamic = lowered_forms(dyn, batches, device, compilers=not tiny)
     table = Table(
         title="",
@@ -114,10 +115,11 @@ def compare(
     return table
 
 
-def static_forms(model: nn.Module, device: str, *, compilers: bool) -> dict[str, Call]:
+def static_forms(model: nn.Module, x: Tensor, device: str, *, compilers: bool) -> dict[str, Call]:
     """The ways to run the static model on a device."""
     found: dict[str, Call] = {"eager": model}
     if compilers:
+        found[WHOLE] = whole(model, x)
         found["inductor"] = torch.compile(model, dynamic=False)
         if device == "cpu":
             found["inductor frozen"] = torch.compile(model, dynamic=False, options={"freezing": True})
@@ -183,4 +185,4 @@ def _batch(
 
 
 if __name__ == "__main__":
-    main()
+    harness.told(main)

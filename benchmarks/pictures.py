@@ -30,6 +30,10 @@ def frontier(board: Scoreboard, batch: int) -> str:
             places = [_place(score, batch) for score in own]
             if places:
                 axes.scatter(*zip(*places, strict=True), s=42, c=colour, marker=MARKS[family], label=family, zorder=3)
+                reach = [500 * score.spread.get(batch, 0.0) / batch for score in own]
+                axes.errorbar(
+                    *zip(*places, strict=True), xerr=reach, fmt="none", ecolor=colour, elinewidth=1, alpha=0.5
+                )
         if front:
             steps = [_place(score, batch) for score in front]
             axes.plot(*zip(*steps, strict=True), **_DASHED)

@@ -91,15 +91,16 @@ def scoreboard(board: Scoreboard, folder: str) -> str:
     shown = measured(board)
     images = [f"![Accuracy over time at batch {batch}]({folder}{board.name}-{batch}.svg)" for batch in shown]
     verdicts = [board.verdict(batch) for batch in shown]
-    return "\n".join(head) + "\n\n" + "\n\n".join([*images, *verdicts, board.table().markdown()]) + "\n"
+    return "\n".join(head) + "\n\n" + "\n\n".join([*images, *verdicts, board.noise(), board.table().markdown()]) + "\n"
 
 
 def summary(board: Scoreboard) -> str:
     """What the README shows: pictures and verdicts."""
     shown = measured(board)
     images = [f"![Accuracy over time at batch {batch}](benchmarks/results/{board.name}-{batch}.svg)" for batch in shown]
-    facts = f"{board.settings['data']}; {board.settings['scale']}; {board.machine['processor']}."
-    how = f"{facts} `{board.command}`; all figures: [RESULTS.md](benchmarks/RESULTS.md)."
+    facts = f"{board.settings['data']}; {board.settings['scale']}; {board.machine['processor']}. {board.noise()}"
+    before = f", after {board.settings['before']}" if "before" in board.settings else ""
+    how = f"{facts} `{board.command}`{before}; all figures: [RESULTS.md](benchmarks/RESULTS.md)."
     return "\n\n".join([*images, *(board.verdict(batch) for batch in shown), how])
 
 

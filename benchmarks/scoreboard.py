@@ -27,13 +27,15 @@ from benchmarks.isolated import footprint, isolated
 from benchmarks.scores import Score, Scoreboard
 from benchmarks.tasks import SCALES, TASKS, Run
 from dyncompile.demo.train import accuracy
-from dyncompile.errors import UnreachableTargetError
+from dyncompile.errors import ArgumentError, UnreachableTargetError
 
 ROUNDS = {1: 27, 16: 27, 64: 15, 256: 9}
 """By batch size: the more, the shorter a call is, for the machine is not ours alone."""
 STREAM = {1: 100, 16: 4, 64: 3, 256: 1}
 QUICK_STREAM = dict.fromkeys(STREAM, 2)
 """Calls of a round, by batch size."""
+CLOSE = 0.3
+"""A form that a first look finds slower than the fastest by more than this share is timed no further."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -44,11 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--only", choices=["training", "time"], help="train and test; or time again all that --out holds"
     )
-    parser.add_argument("--contestant", action="append", help="only those whose names contain this")
+    parser.add_argument(
+        "--contestant",
+        action="append",
+        help="only those whose names contain this; a board that --out holds keeps the others, and all are timed again",
+    )
     parser.add_argument("--rounds", type=int, help=f"at every batch size; default: {ROUNDS}")
     parser.add_argument("--cache", type=Path, default=Path("benchmarks-cache"), help="for what was trained")
     parser.add_argument("--quick", action="store_true", help="digits, eager: does everything run?")
-    parser.add_argument("--device", default="cpu", help="only the processor is measured here")
+    parser.add_argument("--device", choices=["cpu"], default="cpu", help="for a GPU there is benchmarks.large")
     parser.add_argument("--out", type=Path, help="JSON; default: TASK.json")
     options = parser.parse_args(arguments)
     few = options.rounds or (2 if options.quick else None)
@@ -70,22 +76,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings={
             "scale": f"{scale}: {run.sizes}",
             "data": run.splits.describe,
+            "test samples": str(len(run.splits.test)),
             "rounds": ", ".join(f"{count} at batch {batch}" for batch, count in rounds.items()),
         },
     )
     out = options.out or Path(f"{options.task}.json")
-    known: dict[str, Score] = {}
-    if options.only == "time":
-        if not out.exists():
-            parser.error(f"--only time: there is no {out}; measure everything first")
-        if options.contestant:
-            parser.error("--only time takes the contestants that --out holds, in turns; leave --contestant out")
-        earlier = Scoreboard.model_validate_json(out.read_text(encoding="utf-8"))
-        known = {score.name: score for score in earlier.scores}
-        board.settings["time"] = f"measured again by {board.command}"
-        board.command, board.refused = earlier.command, earlier.refused
     every = contestants(run.task, curves=not options.quick)
-    chosen = [c for c in every if (c.name in known if known else _asked_for(c, options.contestant))]
+    asked = [c for c in every if _asked_for(c, options.contestant)] if options.only != "time" else []
+    earlier = None
+    try:
+        if options.only == "time" and options.contestant:
+            raise ArgumentError(
+                "--contestant", found="--only time", expected="one of both: all that --out holds is timed"
+            )
+        if options.contestant and not asked:
+            raise ArgumentError(
+                "--contestant", found=options.contestant, expected=f"parts of {[c.name for c in every]}"
+            )
+        if options.only == "time" or (options.contestant and out.exists()):
+            earlier = held(out, board, every)
+    except ArgumentError as error:
+        parser.error(str(error))
+    known: dict[str, Score] = {}
+    if earlier is not None:
+        names = {c.name for c in asked}
+        known = {score.name: score.untimed() for score in earlier.scores if score.name not in names}
+        board.refused = {name: why for name, why in earlier.refused.items() if name not in names}
+        board.settings["before"] = "; ".join(filter(None, (earlier.settings.get("before"), earlier.command)))
+    chosen = [c for c in every if c.name in known or c in asked]
     calls: dict[str, dict[str, Call]] = {}
     for contestant in chosen:
         try:
@@ -104,9 +122,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not known:
         board.write(out)
     if options.only != "training":
-        measured(board, run, chosen, calls, rounds, quick=options.quick, kept=None if known else out)
+        measured(board, run, chosen, calls, rounds, quick=options.quick, out=out, again=bool(known))
     board.write(out)
     print(board.table().markdown())
+
+
+def held(out: Path, board: Scoreboard, every: Sequence[Contestant]) -> Scoreboard:
+    """The board that a file holds, to measure on with what it has.
+
+    Raises:
+        ArgumentError: There is none, or it is of another task, scale or data, or of contestants that there are no more.
+    """
+    if not out.exists():
+        raise ArgumentError("--only time", found=f"no {out}", expected="a file; measure everything first")
+    earlier = Scoreboard.model_validate_json(out.read_text(encoding="utf-8"))
+    for what, found, wanted in (
+        ("task", earlier.name, board.name),
+        *((what, earlier.settings.get(what), board.settings[what]) for what in ("scale", "data")),
+    ):
+        if found != wanted:
+            raise ArgumentError("--out", found=f"a board of the {what} {found!r}", expected=repr(wanted))
+    if gone := sorted({score.name for score in earlier.scores} - {contestant.name for contestant in every}):
+        raise ArgumentError("--out", found=f"{gone}", expected="contestants that there are")
+    return earlier
 
 
 def _asked_for(contestant: Contestant, names: list[str] | None) -> bool:
@@ -152,54 +190,62 @@ def measured(
     rounds: dict[int, int],
     *,
     quick: bool,
-    kept: Path | None,
+    out: Path,
+    again: bool,
 ) -> None:
-    """Time all contestants in turns and weigh each; `kept` is written on the way.
+    """Time all contestants in turns, then weigh those that are not weighed in the form that is fastest.
 
-    None where times are measured again: weights are known then, and all times change places at once.
+    `again`: the file holds other times; all change places at once.
     """
     for batch, count in (QUICK_STREAM if quick else STREAM).items():
         batches = [part for part in run.splits.test.tensors[0].split(batch) if len(part) == batch][:count]
         if batches:
             fitting = {c.name: calls[c.name] for c in chosen if c.name in calls and batch >= c.smallest}
             timed(board, fitting, batches, rounds=rounds[batch])
-        if kept is not None:
-            board.write(kept)
-    if kept is None:
-        return
+        if not again:
+            board.write(out)
     for contestant in chosen:
         if contestant.name in calls:
             weigh(board, contestant, run, quick=quick)
-            board.write(kept)
+            board.write(out)
 
 
 def timed(board: Scoreboard, calls: dict[str, dict[str, Call]], batches: list[Tensor], *, rounds: int) -> None:
-    """Time every contestant at a batch size, in the form that a first look finds fastest."""
+    """Time every contestant at a batch size, in each form that may be its fastest; that one counts."""
     batch = len(batches[0])
-    best: dict[str, str] = {}
+    close: dict[tuple[str, str], Call] = {}
     for name, forms in calls.items():
-        found = stream(forms, batches[:10], rounds=1 if len(forms) == 1 else 3)
-        best[name] = min(found, key=lambda form: found[form].mean.median)
-    streams = stream({name: calls[name][form] for name, form in best.items()}, batches, rounds=rounds)
+        found = {} if len(forms) == 1 else stream(forms, batches[:10], rounds=3)
+        best = min((taken.mean.median for taken in found.values()), default=0.0)
+        close |= {
+            (name, form): call
+            for form, call in forms.items()
+            if form not in found or found[form].mean.median <= (1 + CLOSE) * best
+        }
+    streams = stream(close, batches, rounds=rounds)
     for score in board.scores:
-        if score.name not in streams:
+        taken = {form: found for (name, form), found in streams.items() if name == score.name}
+        if not taken:
             continue
-        taken = streams[score.name]
-        score.forms[batch] = best[score.name]
-        score.seconds[batch], score.spread[batch] = taken.mean.median, taken.mean.iqr
+        form = min(taken, key=lambda form: taken[form].mean.median)
+        fastest = taken[form]
+        score.forms[batch] = form
+        score.seconds[batch], score.spread[batch] = fastest.mean.median, fastest.mean.iqr
         if batch == 1:
-            score.p50, score.p95 = taken.quantile(0.5), taken.quantile(0.95)
+            score.p50, score.p95 = fastest.quantile(0.5), fastest.quantile(0.95)
 
 
 def weigh(board: Scoreboard, contestant: Contestant, run: Run, *, quick: bool) -> None:
     """Compile time and memory of a contestant in a process of its own, in the form that was fastest at batch 64."""
     score = next(s for s in board.scores if s.name == contestant.name)
     form = score.forms.get(64) or score.forms[1]
+    if score.weighed == form:
+        return
     place = (run.task.name, run.scale, str(run.cache), None if run.archive is None else str(run.archive))
     measure = footprint if quick else partial(isolated, footprint)
     found = measure(contestant.name, form, place, not quick)
-    score.compile, score.memory = found["compile"], found["memory"]
+    score.compile, score.memory, score.weighed = found["compile"], found["memory"], form
 
 
 if __name__ == "__main__":
-    main()
+    harness.told(main)

@@ -1,5 +1,6 @@
 """What is known of contestants on a task: the content of a scoreboard's JSON, and its tables."""
 
+import statistics
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,7 @@ class Score(BaseModel):
         p95: The same for 95 %.
         compile: Seconds from the trained model to a result at every batch size, with empty caches.
         memory: Peak bytes of inference at batch 64, above what the process held before the model was made.
+        weighed: The form that `compile` and `memory` are of.
     """
 
     name: str
@@ -42,6 +44,13 @@ class Score(BaseModel):
     p95: float | None = None
     compile: float | None = None
     memory: float | None = None
+    weighed: str | None = None
+
+    def untimed(self) -> "Score":
+        """Without what the clock says."""
+        fresh: dict[str, object] = {"forms": {}, "seconds": {}, "spread": {}, "p50": None, "p95": None}
+        unweighed: dict[str, object] = {} if self.weighed else {"compile": None, "memory": None}
+        return self.model_copy(update=fresh | unweighed)
 
     def accuracy_at(self, batch: int) -> float:
         """Accuracy at a batch size."""
@@ -96,15 +105,35 @@ class Scoreboard(BaseModel):
         """Whether dyncompile, and what combines strategies of it, is on the frontier, in words."""
         front = self.frontier(batch)
         own = [score for score in front if score.family == "dyncompile"]
-        combined = [score for score in self.scores if " + " in score.name and batch in score.seconds]
+        combined = [s for s in self.scores if s.family == "dyncompile" and " + " in s.name and batch in s.seconds]
         found = f"Batch {batch}: on the frontier of accuracy and time: {'; '.join(score.name for score in front)}."
         if not own:
             found += " Nothing of dyncompile is."
         if combined and not any(score in front for score in combined):
             best = max(combined, key=lambda score: score.accuracy_at(batch))
             faster = next(score for score in front if score.accuracy_at(batch) >= best.accuracy_at(batch))
-            found += f" Combined strategies are not: {faster.name} is at least as accurate as {best.name}, and faster."
+            apart = best.seconds[batch] - faster.seconds[batch]
+            clear = apart > (best.spread.get(batch, 0) + faster.spread.get(batch, 0)) / 2
+            and_fast = "faster" if clear else "as fast, as far as the rounds' quartiles tell"
+            found += (
+                f" Combined strategies are not: {faster.name} is at least as accurate as {best.name}, and {and_fast}."
+            )
         return found
+
+    def noise(self) -> str:
+        """How far the figures can be trusted, in words."""
+        shares = {
+            batch: statistics.median(s.spread[batch] / s.seconds[batch] for s in self.scores if batch in s.spread)
+            for batch in BATCHES
+            if any(batch in s.spread for s in self.scores)
+        }
+        apart = ", ".join(f"{share:.0%} at batch {batch}" for batch, share in shares.items())
+        found = f"Quartiles of the rounds are {apart} of the median apart (the median over contestants)"
+        if samples := int(self.settings.get("test samples", 0)):
+            accuracy = max(score.accuracy for score in self.scores)
+            error = (accuracy * (1 - accuracy) / samples) ** 0.5
+            found += f"; accuracies are of one seed, with a standard error of {error:.2%}"
+        return found + "."
 
     def table(self) -> Table:
         """Every contestant."""

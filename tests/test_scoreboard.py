@@ -65,6 +65,7 @@ def test_every_contestant_is_scored_on_every_task(quick):
         "earlyon 0.3.0",
         "torch.cond",
         "early exit by hand",
+        "early exit by hand, dropping rows",
         "SkipNet, computes and masks",
     } <= names
     costs = {score.name: score.cost for score in quick["fashion-resnet"].scores}
@@ -79,6 +80,9 @@ def test_times_are_measured_again_alone(tmp_path, needs, capsys):
     with pytest.raises(SystemExit):
         scoreboard.main(["--quick", "--only", "time", "--out", str(out)])
     assert "measure everything first" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        scoreboard.main(["--quick", "--contestant", "nobody", "--out", str(out)])
+    assert "`--contestant`: found ['nobody']; expected parts of ['static, eager'" in capsys.readouterr().err
     scoreboard.main(command)
     first = render.read(out)
     marked = first.model_copy(deep=True)
@@ -86,13 +90,21 @@ def test_times_are_measured_again_alone(tmp_path, needs, capsys):
     marked.write(out)
     with pytest.raises(SystemExit):
         scoreboard.main([*command, "--only", "time"])
-    assert "leave --contestant out" in capsys.readouterr().err
+    assert "expected one of both" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        scoreboard.main(["--quick", "--task", "hapt-lstm", "--only", "time", "--out", str(out)])
+    assert "`--out`: found a board of the task 'fashion-resnet'; expected 'hapt-lstm'" in capsys.readouterr().err
     scoreboard.main([*command[:1], *command[3:], "--only", "time"])
     again = render.read(out)
-    assert again.command == first.command
-    assert "--only time" in again.settings["time"]
+    assert again.settings["before"] == first.command
+    assert "--only time" in again.command
     assert (again.scores[0].accuracy, again.scores[0].memory) == (0.75, first.scores[0].memory)
     assert 0 < again.scores[0].seconds[1] < 99
+    scoreboard.main(["--quick", "--contestant", "width 0.5", *command[3:]])
+    joined = render.read(out)
+    assert [score.name for score in joined.scores] == [*(score.name for score in first.scores), "static, width 0.5"]
+    assert joined.scores[0].accuracy == 0.75
+    assert all(score.weighed == score.forms[64] and {1, 16, 64} <= set(score.seconds) for score in joined.scores)
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from benchmarks.contestants.cond import Cond
 from benchmarks.contestants.contestant import Call, Contestant, Forms
 from benchmarks.contestants.dynamic import Dynamic
 from benchmarks.contestants.earlyon import Earlyon
-from benchmarks.contestants.handwritten import Handwritten
+from benchmarks.contestants.handwritten import Dropping, Handwritten
 from benchmarks.contestants.masked import Masked
 from benchmarks.contestants.one_by_one import OneByOne
 from benchmarks.contestants.pruned import Pruned
@@ -28,7 +28,7 @@ def contestants(task: Task, *, curves: bool = True) -> list[Contestant]:
     for strategy in task.strategies:
         found += Dynamic(strategy=strategy).curve() if curves else [Dynamic(strategy=strategy)]
     if "early_exit" in task.strategies:
-        found += [Earlyon(), Handwritten(), Cond()]
+        found += [Earlyon(), Handwritten(), Dropping(), Cond()]
     if "layer_skip" in task.strategies:
         found.append(Masked())
     found.append(OneByOne(strategy=task.strategies[-1]))

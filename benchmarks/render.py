@@ -5,6 +5,7 @@ A document has `<!-- benchmarks:NAME -->` before and `<!-- /benchmarks:NAME -->`
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks import pictures
@@ -48,11 +49,13 @@ def render(root: Path) -> None:
     (root / "benchmarks" / "RESULTS.md").write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
     readme = root / "README.md"
     text = readme.read_text(encoding="utf-8")
-    for path in sorted(folder.glob("*.json")):
-        found = read(path)
-        if f"<!-- benchmarks:{path.stem} -->" in text:
+    every = {path.stem: read(path) for path in sorted(folder.glob("*.json"))}
+    if "<!-- benchmarks:targets -->" in text:
+        text = between(text, "targets", targets({n: found for n, found in every.items() if isinstance(found, Report)}))
+    for name, found in every.items():
+        if f"<!-- benchmarks:{name} -->" in text:
             shown = summary(found) if isinstance(found, Scoreboard) else overview(found)
-            text = between(text, path.stem, shown)
+            text = between(text, name, shown)
     readme.write_text(text, encoding="utf-8")
 
 
@@ -109,6 +112,20 @@ def overview(report: Report) -> str:
     table = report.tables[0].markdown().partition("\n\n")[2]
     load = report.machine["load before"]
     return f"{table} {report.machine['processor']}; load before: {load}. `{report.command}`"
+
+
+def targets(reports: Mapping[str, Report]) -> str:
+    """How many targets each benchmark meets, and which it misses by most."""
+    rows = ["| benchmark | targets met | farthest from its bound |", "| --- | --- | --- |"]
+    for name, report in reports.items():
+        if not report.targets:
+            continue
+        met = sum(target.passed for target in report.targets)
+        worst = min(report.targets, key=lambda target: target.margin)
+        bound = f"{'at least' if worst.at_least else 'at most'} {worst.bound:g}"
+        missed = "" if worst.passed else f"{worst.what}: {worst.found:.3g}, {bound}"
+        rows.append(f"| {name} | {met} of {len(report.targets)} | {missed} |")
+    return "\n".join(rows)
 
 
 def _slug(text: str) -> str:

@@ -16,7 +16,7 @@ import dyncompile as dc  # noqa: E402
 from benchmarks import pictures, render, scoreboard  # noqa: E402
 from benchmarks.contestants.static import Static  # noqa: E402
 from benchmarks.growth import BLOCKS, EXITS, exponent, operations, pass_all, places, stack  # noqa: E402
-from benchmarks.harness import Report, Table, stream  # noqa: E402
+from benchmarks.harness import Report, Table, Target, stream  # noqa: E402
 from benchmarks.parts import PARTS  # noqa: E402
 from benchmarks.scores import Score, Scoreboard  # noqa: E402
 from benchmarks.tasks import TASKS, Run  # noqa: E402
@@ -296,6 +296,24 @@ def test_documents_come_from_the_files_alone(board, tmp_path, needs):
     render.render(tmp_path)
     again = (tmp_path / "README.md").read_text(), (tmp_path / "benchmarks" / "RESULTS.md").read_text()
     assert (*again, (folder / "toy-64.svg").read_text()) == first
+
+
+def test_targets_that_are_missed_are_shown_and_long_tables_folded():
+    rows = [[i, "x"] for i in range(101)]
+    report = Report(
+        command="c",
+        machine={},
+        settings={},
+        tables=[Table(title="long", columns=["a", "b"], rows=rows), Table(title="short", columns=["a"], rows=[[1]])],
+        targets=[
+            Target(what="cost", found=0.5, bound=0.6),
+            Target(what="saved", found=0.5, bound=0.8, at_least=True),
+            Target(what="lost", found=0.011, bound=0.01),
+        ],
+    )
+    assert "| toy | 1 of 3 | saved: 0.5, at least 0.8 |" in render.targets({"toy": report})
+    assert "|  |" in render.targets({"toy": report.model_copy(update={"targets": report.targets[:1]})})
+    assert report.markdown().count("<details><summary>101 rows</summary>") == report.markdown().count("</details>") == 1
 
 
 def test_a_marker_without_its_end_is_an_error():

@@ -128,9 +128,18 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Where what was trained is kept."""
+        """Where what was trained is kept.
+
+        Raises:
+            ArgumentError: It holds models of other sizes.
+        """
         folder = self.cache / f"{self.task.name}-{self.scale}"
         folder.mkdir(parents=True, exist_ok=True)
+        note = folder / "sizes.txt"
+        if not note.exists():
+            note.write_text(f"{self.sizes}", encoding="utf-8")
+        if (found := note.read_text(encoding="utf-8")) != str(self.sizes):
+            raise ArgumentError("--cache", found=f"{folder} with {found}", expected=f"{self.sizes}, or another folder")
         return folder
 
     def build(self, *, width: float = 1.0, half: bool = False) -> nn.Module:

@@ -176,6 +176,11 @@ def test_what_was_trained_is_not_trained_again(tmp_path, monkeypatch):
         assert torch.equal(value, again.state_dict()[name])
     with pytest.raises(AssertionError, match="trained again"):
         Static(width=0.75).model(run)
+    (run.folder / "sizes.txt").write_text("Sizes(width=1)")
+    with pytest.raises(
+        ArgumentError, match=r"`--cache`: found .*quick with Sizes\(width=1\); expected Sizes\(width=16"
+    ):
+        Static(width=0.5).model(run)
 
 
 def test_people_need_their_archive(tmp_path):

@@ -102,7 +102,7 @@ def summary(board: Scoreboard) -> str:
     shown = measured(board)
     images = [f"![Accuracy over time at batch {batch}](benchmarks/results/{board.name}-{batch}.svg)" for batch in shown]
     facts = f"{board.settings['data']}; {board.settings['scale']}; {board.machine['processor']}. {board.noise()}"
-    before = f", after {board.settings['before']}" if "before" in board.settings else ""
+    before = f", after `{board.settings['before']}`" if "before" in board.settings else ""
     how = f"{facts} `{board.command}`{before}; all figures: [RESULTS.md](benchmarks/RESULTS.md)."
     return "\n\n".join([*images, *(board.verdict(batch) for batch in shown), how])
 

@@ -95,7 +95,7 @@ def describe(graph: Graph, node: Node) -> str:
     """A node in words: its layer and the layer's type, or its operation."""
     module = graph.module_of(node)
     if isinstance(module, NeuronMask):
-        return f"`{node.args[1]}`, by which neuron_gate has split the layer,"
+        return "neuron_gate, which has split the layer,"
     if module is not None:
         return f"`{node.target}` ({type(module).__name__})"
     target = node.target

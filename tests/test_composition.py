@@ -25,11 +25,11 @@ CLASHES = {
     (
         "text",
         ("neuron_gate", "channel_gate"),
-    ): "`neurons0`, by which neuron_gate has split the layer, works across its channels",
+    ): "neuron_gate, which has split the layer, works across its channels",
     (
         "vectors",
         ("neuron_gate", "channel_gate"),
-    ): "`neurons0`, by which neuron_gate has split the layer, works across its channels",
+    ): "neuron_gate, which has split the layer, works across its channels",
     # Of two layers between input and output, all lies in the region of the gate: no value is on every path.
     ("vectors", ("channel_gate", "early_exit")): "`early_exit` .* found no site: the graph offers none",
     ("vectors", ("neuron_gate", "early_exit")): "found a head as dear as what an exit here could save",

@@ -11,7 +11,6 @@ from benchmarks import harness
 from benchmarks.parts import PARTS, Options, run, run_together
 from benchmarks.tasks import SCALES
 from dyncompile.data import find_device
-from dyncompile.errors import DyncompileError
 
 ROOT = Path(__file__).parent.parent
 RENDER = "render"
@@ -45,10 +44,7 @@ def main(
         table.add_row(RENDER, "RESULTS.md, pictures and the README's tables, from the JSON files")
         Console().print(table)
         return
-    try:
-        find_device(device)
-    except DyncompileError as error:
-        raise typer.BadParameter(str(error)) from error
+    find_device(device)  # `harness.told` says what is wrong with it
     if scale not in SCALES:
         raise typer.BadParameter(f"--scale {scale!r}; there are {list(SCALES)}")
     options = Options(quick=quick, device=device, out=out, cache=cache, scale=scale, hapt=hapt)

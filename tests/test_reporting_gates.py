@@ -8,7 +8,7 @@ from test_reporting import Reader, table
 
 import dyncompile as dc
 from dyncompile.calibration import calibrate
-from dyncompile.calibration.usage import Usage
+from dyncompile.calibration.usage import Examples, Usage
 from dyncompile.errors import ArgumentError
 from dyncompile.passes.neuron_gate import NeuronGate
 from dyncompile.reporting import gate_heatmap, kept_frames, observe, skip_patterns
@@ -63,6 +63,12 @@ def test_kept_tokens_are_marked_by_their_words():
         ["h", "i", "a"], ["h", "i"], ["h", "i", "b"]
     ]  # fmt: skip
     assert [len(axes.patches) for axes in figure.axes] == [1, 1, 3]
+
+
+def test_pictures_are_kept_rather_than_tokens():
+    examples = Examples()
+    examples.add([torch.arange(6).view(2, 3), torch.rand(2, 3, 4, 5)], torch.ones(2, dtype=torch.bool))
+    assert examples.of(np.arange(2))[0].shape == (3, 4, 5)
 
 
 def test_every_square_has_a_name():

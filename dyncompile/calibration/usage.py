@@ -125,10 +125,10 @@ class Examples:
         """Look at one batch.
 
         Args:
-            inputs: `[N, ...]` each (`batch_first`); the first that can be drawn is kept from.
+            inputs: `[N, ...]` each (`batch_first`); the first that can be drawn is kept from, tokens last.
             counted: Which samples are looked at, `[N]`; the others have no index.
         """
-        shown = [x for x in inputs if _can_be_shown(x)]
+        shown = sorted(filter(_can_be_shown, inputs), key=lambda x: not x.is_floating_point())
         if shown:
             for row in counted.nonzero()[:, 0].tolist():
                 self._offer(self._seen, shown[0][row])

@@ -179,29 +179,25 @@ def _batch(
 
 
 def _drawn(dyn: dc.DynamicModule, kept: float, batch: int, seed: int) -> dict[str, Share]:
-    """Decisions in which each gate keeps a share of its rows; at batch 1, of gates of one row a share is kept."""
+    """Decisions in which each gate keeps a share of its rows; at batch 1, of gates of one row a share is kept.
+
+    Drawn ahead, all of them: no call that is timed draws one.
+    """
     routes = decision_routes(dyn.graph.fx)
     rows = {name: spec(node).rows for name, node in decision_nodes(dyn.graph.fx).items()}
     names = [n for n, owner in decision_owners(dyn.graph.fx).items() if owner in dyn.gates]
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(names), generator=generator).tolist()
+    order = torch.randperm(len(names), generator=generator)
     drawn: dict[str, Share] = {}
     for place, name in zip(order, names, strict=True):
-        if rows[name] > 1:
-            total = batch * rows[name]
-            picked = torch.randperm(total, generator=generator)[: round(kept * total)]
-            drawn[name] = torch.zeros(total, dtype=torch.bool).index_fill(0, picked, True)
-            continue
-        arms = routes.get(name, 0)
-        share: Sequence[float] = _levels(kept, arms) if arms else [1 - kept, kept]
-        if batch == 1:
-            # Strata: of all gates, in random order, each arm gets its share.
-            point, arm = (place + 0.5) / len(names), 0
-            while arm < len(share) - 1 and point >= sum(share[: arm + 1]):
-                arm += 1
-            drawn[name] = [float(i == arm) for i in range(len(share))] if arms else float(arm)
-        else:
-            drawn[name] = share if arms else kept
+        arms, total = routes.get(name, 0), batch * rows[name]
+        shares = torch.tensor(_levels(kept, arms) if arms else [1 - kept, kept])
+        # Strata: of all rows, in random order, each arm gets its share; of one row alone, of all gates.
+        points = (
+            (place + 0.5) / len(names) if total == 1 else (torch.randperm(total, generator=generator) + 0.5) / total
+        )
+        chosen = torch.bucketize(points.expand(total), shares.cumsum(0)[:-1], right=True)
+        drawn[name] = chosen if arms else chosen.bool()
     return drawn
 
 

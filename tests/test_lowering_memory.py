@@ -108,6 +108,56 @@ def test_what_was_lent_is_not_written_to(kind, backend, device):
             torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-6)
 
 
+class Branches(nn.Module):
+    """A residual branch behind a choice, on a stem's result or on the input itself; `after` reads what it was given."""
+
+    def __init__(self, stem, after):
+        super().__init__()
+        self.stem = nn.Conv2d(4, 4, 1) if stem else nn.Identity()
+        self.branch, self.other = (
+            nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1)) for _ in range(2)
+        )
+        self.after = after
+
+    def forward(self, x):
+        h = self.stem(x)
+        keep = x[:, 0, 0, 0] > 0
+        y = dc.select(keep, self.branch(h) + h, h)
+        return self.after(self, keep, y, h)
+
+
+BRANCHES = {
+    "unread": lambda m, keep, y, h: y,
+    "read later": lambda m, keep, y, h: y * h,
+    "another's arm": lambda m, keep, y, h: y + dc.select(keep, h, h * 2),
+    "chosen inside": lambda m, keep, y, h: dc.select(
+        y[:, 1, 0, 0] > 0, dc.select(y[:, 2, 0, 0] > 0, m.other(y) + y, y), y
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stem", [True, False], ids=["made", "given"])
+@pytest.mark.parametrize("after", BRANCHES)
+def test_a_branch_is_added_to_what_nobody_reads_later(after, stem, device):
+    torch.manual_seed(0)
+    example = torch.randn(2, 4, 5, 5, device=device)
+    model, fast = lowered(Branches(stem, BRANCHES[after]), device, (example,), "inductor")
+    for batch in (1, 2, 7, 7, 33):
+        for sign in (0, 1, -1):
+            x = torch.randn(batch, 4, 5, 5, device=device).contiguous(memory_format=torch.channels_last)
+            if sign:
+                x[:, 0] = x[:, 0].abs() * sign  # all take one arm: it runs on the values themselves
+            kept = x.clone()
+            with torch.no_grad():
+                torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+            assert torch.equal(x, kept)
+    if device.type == "cpu":
+        assert any(any(segment.overwrites) for segment in fast.segments.values())
+    if stem and device.type == "cpu" and after in ("unread", "chosen inside"):
+        assert ".clone()" not in fast.source
+
+
 class Laid(nn.Module):
     def __init__(self, values):
         super().__init__()

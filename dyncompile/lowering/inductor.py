@@ -4,7 +4,7 @@ A segment goes through `torch._inductor.compile_fx` directly, and the program th
 generated is called as it is: without the wrappers of AOTAutograd and the guards of dynamo, which
 exist for what a segment never does (autograd, mutation, Python control flow).
 
-Three things are done that inductor leaves undone when the batch is symbolic:
+Four things are done that inductor leaves undone when the batch is symbolic:
 
 - Convolution weights are packed for the example's batch. Inductor packs them in every call as soon
   as a size is symbolic, which doubles the time of a ResNet-18 at batch 1; so does AOTInductor.
@@ -13,6 +13,7 @@ Three things are done that inductor leaves undone when the batch is symbolic:
   kernel does not run.
 - Every tensor at a border is dense: channels-last where it is so in eager mode, else row-major.
   Nothing is converted between segments.
+- A sum may be formed in the memory of an input (`dyncompile.lowering.overwriting`).
 
 Segments of equal structure share a program on the processor (`dyncompile.lowering.sharing`); each has
 the constants that its own weights fold to. On a GPU they share kernels alone: inductor keys compiled
@@ -35,6 +36,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from dyncompile.errors import ArgumentError, LoweringError
 from dyncompile.lowering.entry import Entry, memory_format
+from dyncompile.lowering.overwriting import overwrite_inputs
 from dyncompile.lowering.sharing import Folding, Tape, loaded, structure
 from dyncompile.lowering.weights import pack_convolutions, separate
 
@@ -185,6 +187,7 @@ class CompiledSegment:
         self._inputs = tuple(inputs)
         self.formats = [memory_format(t) for t in example_inputs]
         self.output_formats: list[torch.memory_format] = []
+        self.overwrites: list[bool] = []
         self._cudagraphs = cudagraphs
         self._settings = dict(settings or {})
         # Constants of a program lie in this copy, so the user's weights may change or go.
@@ -214,8 +217,8 @@ class CompiledSegment:
         position, dim, rows = self._batch_of
         batch = tensors[position].shape[dim] // rows
         arguments: list[Any] = [batch]
-        for tensor, layout in zip(tensors, self.formats, strict=True):
-            arguments.append(tensor.contiguous(memory_format=layout))
+        for tensor, layout, overwritten in zip(tensors, self.formats, self.overwrites, strict=True):
+            arguments.append((torch.clone if overwritten else Tensor.contiguous)(tensor, memory_format=layout))
         return tuple(self.serve(batch)(arguments))
 
     def warmup(self, batch_sizes: Iterable[int]) -> None:
@@ -226,8 +229,9 @@ class CompiledSegment:
     def serve(self, batch: int) -> Callable[[list[Any]], Sequence[Tensor]]:
         """The program for a batch size.
 
-        It takes a list of the batch size and the tensors, laid out as `formats` says, and empties it; its outputs are
-        laid out as `output_formats` says. `serving` holds those that were asked for before.
+        It takes a list of the batch size and the tensors, laid out as `formats` says, and empties it; it writes into
+        those that `overwrites` says. Its outputs are laid out as `output_formats` says. `serving` holds the programs
+        that were asked for before.
         """
         if batch in self.serving:
             return self.serving[batch]
@@ -264,6 +268,7 @@ class CompiledSegment:
             pattern = next(p for p in self._like._programs if p.serves(hint))
             if pattern.folding is not None and self._weights is not None:
                 self.output_formats[:] = self._like.output_formats
+                self.overwrites[:] = self._like.overwrites
                 return pattern.of(self._weights)
         env = ShapeEnv()
         fake_mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
@@ -292,6 +297,7 @@ class CompiledSegment:
                     "the segment changes or returns one of its own parameters or buffers, so it cannot be frozen"
                 )
             pack_convolutions(gm, {symbol: hint}, tape)
+            self.overwrites[:] = overwrite_inputs(gm)[1:]
             code.append(compile_fx_inner(gm, inputs, *args, **kwargs))
             held.update(code[0].constants or {})
             held.update({name: getattr(gm, path) for name, path in code[0].frozen_param_names.items()})

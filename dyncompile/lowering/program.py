@@ -4,6 +4,7 @@ A block's function takes its inputs in a list and empties it, as the programs of
 after its last use, so that no caller keeps alive what a segment has read.
 """
 
+import dataclasses
 import itertools
 import linecache
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -47,13 +48,21 @@ def write_program(
     return writer.bound[root.name], source
 
 
+@dataclasses.dataclass(frozen=True)
 class _Written:
-    """What callers must know of a block's function: its name, and the memory and layout of its outputs."""
+    """What callers must know of a block's function.
 
-    def __init__(self, name: str, fresh: dict[fx.Node, bool], layouts: dict[fx.Node, Any]) -> None:
-        self.name = name
-        self.fresh = fresh
-        self.layouts = layouts
+    Attributes:
+        name: What it is called.
+        taken: Inputs that it writes into: their memory must be the caller's to give away.
+        fresh: For each output whether it shares memory with nothing else, inputs that are taken aside.
+        layouts: Memory format of the outputs that are known to be dense in one.
+    """
+
+    name: str
+    taken: set[fx.Node]
+    fresh: dict[fx.Node, bool]
+    layouts: dict[fx.Node, Any]
 
 
 class _Writer:
@@ -88,7 +97,10 @@ class _BlockWriter:
 
     Attributes:
         layouts: Memory format of the values that are known to be dense in one.
-        owned: Values that nothing else shares memory with: they may be written into once nobody reads them.
+        owned: Values that nothing else shares memory with: they may be written into once nobody reads them. Inputs are
+            taken for such at first.
+        origins: Of which inputs a value may be the memory.
+        taken: Inputs that the function writes into.
     """
 
     def __init__(self, writer: _Writer, block: Block, layouts: dict[fx.Node, Any]) -> None:
@@ -97,7 +109,10 @@ class _BlockWriter:
         self.lines: list[str] = []
         self.depth = 1
         self.layouts = layouts
-        self.owned: set[fx.Node] = set()
+        # The inputs of the outermost block are the user's.
+        self.owned = {n for n in block.inputs if block.guard and spec(n).batch_dim is not None}
+        self.origins = {n: {n} for n in self.owned}
+        self.taken: set[fx.Node] = set()
         self.variables: dict[fx.Node, str] = {}
 
     def write(self) -> _Written:
@@ -118,7 +133,8 @@ class _BlockWriter:
         self.writer.lines += [f"def {name}(values, count, index, run):", *self.lines]
         return _Written(
             name,
-            {n: n in self.owned for n in block.outputs},
+            self.taken,
+            {n: n in self.owned and self.origins.get(n, set()) <= self.taken for n in block.outputs},
             {n: self.layouts[n] for n in block.outputs if n in self.layouts},
         )
 
@@ -142,7 +158,12 @@ class _BlockWriter:
         if is_compiled(call):
             serving, serve = self.writer.bind("programs", call.serving), self.writer.bind("serve", call.serve)
             run = f"({serving}.get(count) or {serve}(count))(a)"
-            arguments = ["count", *(self.argument(n, f) for n, f in zip(step.inputs, call.formats, strict=True))]
+            arguments = ["count"]
+            for node, layout, overwritten in zip(step.inputs, call.formats, call.overwrites, strict=True):
+                arguments.append(self.argument(node, layout, given=not overwritten or self.take(node, dead)))
+                if overwritten:
+                    for output in step.outputs:
+                        self.origins.setdefault(output, set()).update(self.origins.get(node, ()))
             self.layouts.update(zip(step.outputs, call.output_formats, strict=True))
         else:
             run = f"{self.writer.bind('segment', call)}(*a)"
@@ -165,12 +186,19 @@ class _BlockWriter:
             self.line(f" {value} = {value} & {self.variable(real)}")
         self.line(f"run.rows[{name!r}] = int({value}.count_nonzero())")
 
-    def argument(self, node: fx.Node, layout: Any) -> str:
-        """A value in the memory format that a compiled segment reads."""
+    def argument(self, node: fx.Node, layout: Any, *, given: bool) -> str:
+        """A value in the memory format that a compiled segment reads; a copy of it unless it is given away."""
         name = self.variable(node)
-        if self.layouts.get(node) == layout:
+        if given and self.layouts.get(node) == layout:
             return name
-        return f"{name}.contiguous(memory_format={self.writer.bind('layout', layout)})"
+        return f"{name}.{'contiguous' if given else 'clone'}(memory_format={self.writer.bind('layout', layout)})"
+
+    def take(self, node: fx.Node, dead: Collection[fx.Node]) -> bool:
+        """Whether a value's memory may be written into; if so, it will be."""
+        if node not in self.owned or node not in dead:
+            return False
+        self.taken |= self.origins.get(node, set())
+        return True
 
     # --- conditionals ----------------------------------------------------------------------------
 
@@ -214,6 +242,7 @@ class _BlockWriter:
             )
             if fresh and all(_alone(v, select, step) for v in sources[select]):
                 self.owned.add(select)
+            self.origins[select] = set().union(*(self.origins_of(v, blocks[i]) for i, v in enumerate(sources[select])))
         # A select may be an arm itself, or what a block returns a view of an input of its own.
         self.owned.difference_update(v for arms in sources.values() for v in arms if v not in dead)
         for arm, written in zip(step.arms, blocks, strict=True):
@@ -230,6 +259,10 @@ class _BlockWriter:
             and (spec(n).batch_dim is None or self.layouts[n] == torch.contiguous_format or _by_rows(n, block))
         }
 
+    def origins_of(self, value: fx.Node, written: _Written | None) -> set[fx.Node]:
+        inner = written.taken if written and value in written.fresh else {value}
+        return set().union(*(self.origins.get(n, set()) for n in inner))
+
     def layout_of(self, value: fx.Node, written: _Written | None) -> Any:
         return written.layouts.get(value) if written and value in written.fresh else self.layouts.get(value)
 
@@ -244,7 +277,9 @@ class _BlockWriter:
             if value not in inside:
                 self.line(f"{self.variable(select)} = {self.variable(value)}")
         if block and written:
-            self.line(f"a = [{', '.join(self.variable(n) for n in block.inputs)}]")
+            outside = {v for v in values.values() if v not in inside}
+            own = {n for n in block.inputs if n not in written.taken or (n not in outside and self.take(n, dead))}
+            self.line(f"a = [{', '.join(self.variable(n) + ('' if n in own else '.clone()') for n in block.inputs)}]")
         self.drop(n for n in dead if n not in values)
         if block and written:
             self.line(f"r = {written.name}(a, n, {where}, run)")
@@ -267,28 +302,29 @@ class _BlockWriter:
             if arm is None or written is None:
                 continue
             self.line(f"i{i} = run.padded(rows[{i}])" if rows == 1 else f"i{i} = rows[{i}]")
+            self.line(f"c{i} = i{i}.shape[0]")
             gathers = [f"gather({self.variable(n)}, i{i}, {_dim(n)}, {spec(n).rows // rows})" for n in arm.inputs]
-            self.line(f"a{i} = [{', '.join(gathers)}] if len(i{i}) else None")
+            self.line(f"a{i} = [{', '.join(gathers)}] if c{i} else None")
         outer = {v for s in step.selects for j, v in enumerate(arms_of(s)) if not _inside(step, j, v)}
         self.drop(n for n in dead if n not in outer and n not in step.selects)
         for i, written in enumerate(blocks):
             if written is not None:
                 inner = f"i{i} if {where} is None or run.override is None else ({where})[i{i}]"
-                self.line(f"r{i} = {written.name}(a{i}, len(i{i}), {inner}, run) if len(i{i}) else None")
+                self.line(f"r{i} = {written.name}(a{i}, c{i}, {inner}, run) if c{i} else None")
         for select in step.selects:
             base = bases[select]
             parts = []
             for j, value in enumerate(arms_of(select)):
                 arm = step.arms[j]
                 if arm is not None and value in arm.outputs:
-                    parts.append(f"(rows[{j}], r{j}[{arm.outputs.index(value)}]) if len(i{j}) else None")
+                    parts.append(f"(rows[{j}], r{j}[{arm.outputs.index(value)}]) if c{j} else None")
                 elif value is not base:
                     found = f"{_dim(value)}, {spec(value).rows // rows}"
                     parts.append(f"(rows[{j}], gather({self.variable(value)}, rows[{j}], {found}))")
             start = "None"
             if base is not None:
                 start = self.variable(base)
-                if not (base in self.owned and base in dead and _alone(base, select, step)):
+                if not (_alone(base, select, step) and self.take(base, dead)):
                     start += ".clone()"
             dim, entries = _dim(select), spec(select).rows // rows
             self.line(f"p = [q for q in [{', '.join(parts)}] if q]")

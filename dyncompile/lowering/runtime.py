@@ -111,17 +111,7 @@ def scatter(base: Tensor, index: Tensor, rows: Tensor, dim: int, entries: int = 
         rows = rows.unflatten(dim, (-1, entries))
     elif dim == 0 and base.dim() == 4 and not base.is_contiguous():
         base, rows = base.permute(0, 2, 3, 1), rows.permute(0, 2, 3, 1)
-    if dim == 0 and base.device.type == "cpu" and _widens(base) and _widens(rows):
-        # The processor copies entry by entry: of the largest ones that there are, a row takes a third of the time.
-        base, rows = (t.flatten(1).view(torch.complex128) for t in (base, rows))
     base.index_copy_(dim, index, rows)
-
-
-def _widens(rows: Tensor) -> bool:
-    """Whether entries can be read 16 bytes at a time, within rows along the first dim."""
-    row = rows[:1].numel() * rows.element_size()
-    offset = rows.storage_offset() * rows.element_size()
-    return rows.is_contiguous() and row > 0 and row % 16 == 0 and offset % 16 == 0
 
 
 def merge(base: Tensor | None, parts: Sequence[tuple[Tensor, Tensor]], dim: int, entries: int, count: int) -> Tensor:

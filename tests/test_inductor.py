@@ -148,6 +148,8 @@ class Added(nn.Module):
         (lambda m, x, y: ((y + m.convolve(x)) * y,), False),
         (lambda m, x, y: (y.flatten(1) * (y + m.convolve(x)).flatten(1),), False),
         (lambda m, x, y: (y + m.convolve(x), y), False),
+        (lambda m, x, y: (m.again(y).relu(), y + m.convolve(x)), False),
+        (lambda m, x, y: (m.again(y) + x, y + m.convolve(x)), False),
     ],
     ids=[
         "rectified",
@@ -158,6 +160,8 @@ class Added(nn.Module):
         "read later",
         "read later, seen otherwise",
         "returned",
+        "read by what is moved",
+        "read by another sum",
     ],
 )
 def test_a_convolution_is_added_in_the_memory_of_an_input_that_nobody_reads_later(run, free, device):

@@ -157,6 +157,58 @@ def test_a_branch_is_added_to_what_nobody_reads_later(after, stem, device):
         assert ".clone()" not in fast.source
 
 
+class Transposed(nn.Module):
+    """A value that lies transposed, of which an arm returns a view once it is laid out in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(36, 36)
+
+    def forward(self, x):
+        h = self.first(x).transpose(1, 2)
+        y = dc.select(x[:, 0, 0] > 0, h.flatten(1), self.second(h.flatten(1)))
+        z = dc.select(y[:, 0] > 0, self.second(y).tanh(), y)
+        return z.unflatten(1, (6, 6)) * h
+
+
+@pytest.mark.slow
+def test_a_view_of_what_was_laid_out_in_order_is_not_written_to(device):
+    torch.manual_seed(0)
+    model, fast = lowered(Transposed(), device, (torch.randn(4, 6, 6, device=device),), "inductor")
+    for batch in (1, 4, 9):
+        for sign in (1, -1):
+            x = torch.randn(batch, 6, 6, device=device).abs() * sign
+            with torch.no_grad():
+                torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+class LookedAt(nn.Module):
+    """What a gate sees by a convolution, which compilers move behind the branch whose result is gated next."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, *rest = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(6))
+        self.early, self.look, self.last, *branch = rest
+        self.branch = nn.Sequential(branch[0], nn.ReLU(), branch[1])
+
+    def forward(self, x):
+        h = self.stem(x)
+        h = dc.select(h[:, 0, 0, 0] > 0, self.early(h).relu(), h)
+        seen = self.look(h)
+        total = h + self.branch(h)
+        return dc.select(seen.relu()[:, 0, 3, 3] > 0.1, self.last(total).tanh(), total)
+
+
+@pytest.mark.slow
+def test_what_a_gate_looks_at_is_not_written_to(device):
+    torch.manual_seed(0)
+    model, fast = lowered(LookedAt(), device, (torch.randn(4, 8, 6, 6, device=device),), "inductor")
+    for batch in (1, 4, 64):
+        x = torch.randn(batch, 8, 6, 6, device=device)
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 class Laid(nn.Module):
     def __init__(self, values):
         super().__init__()

@@ -217,9 +217,13 @@ class CompiledSegment:
         position, dim, rows = self._batch_of
         batch = tensors[position].shape[dim] // rows
         arguments: list[Any] = [batch]
+        program = self.serve(batch)
         for tensor, layout, overwritten in zip(tensors, self.formats, self.overwrites, strict=True):
-            arguments.append((torch.clone if overwritten else Tensor.contiguous)(tensor, memory_format=layout))
-        return tuple(self.serve(batch)(arguments))
+            if overwritten:
+                arguments.append(tensor.clone(memory_format=layout))
+            else:
+                arguments.append(tensor.contiguous(memory_format=layout))
+        return tuple(program(arguments))
 
     def warmup(self, batch_sizes: Iterable[int]) -> None:
         """Compile what these batch sizes need and nothing has yet."""
@@ -297,7 +301,11 @@ class CompiledSegment:
                     "the segment changes or returns one of its own parameters or buffers, so it cannot be frozen"
                 )
             pack_convolutions(gm, {symbol: hint}, tape)
-            self.overwrites[:] = overwrite_inputs(gm)[1:]
+            _, *given = gm.graph.find_nodes(op="placeholder")
+            # Callers are told once, of the first program.
+            free = self.overwrites or [True] * len(given)
+            found = overwrite_inputs(gm, [n for n, may in zip(given, free, strict=True) if may])
+            self.overwrites = self.overwrites or [n in found for n in given]
             code.append(compile_fx_inner(gm, inputs, *args, **kwargs))
             held.update(code[0].constants or {})
             held.update({name: getattr(gm, path) for name, path in code[0].frozen_param_names.items()})

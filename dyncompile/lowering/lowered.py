@@ -135,13 +135,16 @@ class LoweredModule(nn.Module):
         for batch in (1, 4):
             values = self.examples(batch)
             for segment in self.plan.segments():
+                call = self._segments[segment]
                 given = [values[n] for n in segment.inputs]
+                if is_compiled(call):
+                    given = [t.contiguous(memory_format=f) for t, f in zip(given, call.formats, strict=True)]
                 with torch.no_grad():
-                    results = self._segments[segment](*given)
+                    results = call(*given)
                 pointers = [t.untyped_storage().data_ptr() for t in results]
                 held = Counter(pointers) + Counter(t.untyped_storage().data_ptr() for t in given)
                 # In eager mode it hangs on an input's layout whether an operation copies.
-                fixed = is_compiled(self._segments[segment])
+                fixed = is_compiled(call)
                 lent[segment].update(
                     n
                     for n, t in zip(segment.inputs, given, strict=True)

@@ -160,10 +160,10 @@ class _BlockWriter:
             run = f"({serving}.get(count) or {serve}(count))(a)"
             arguments = ["count"]
             for node, layout, overwritten in zip(step.inputs, call.formats, call.overwrites, strict=True):
-                arguments.append(self.argument(node, layout, given=not overwritten or self.take(node, dead)))
-                if overwritten:
-                    for output in step.outputs:
-                        self.origins.setdefault(output, set()).update(self.origins.get(node, ()))
+                taken = overwritten and self.take(node, dead)
+                arguments.append(self.argument(node, layout, copied=overwritten and not taken))
+                for output in step.outputs if taken else ():
+                    self.origins.setdefault(output, set()).update(self.origins.get(node, ()))
             self.layouts.update(zip(step.outputs, call.output_formats, strict=True))
         else:
             run = f"{self.writer.bind('segment', call)}(*a)"
@@ -186,15 +186,15 @@ class _BlockWriter:
             self.line(f" {value} = {value} & {self.variable(real)}")
         self.line(f"run.rows[{name!r}] = int({value}.count_nonzero())")
 
-    def argument(self, node: fx.Node, layout: Any, *, given: bool) -> str:
-        """A value in the memory format that a compiled segment reads; a copy of it unless it is given away."""
+    def argument(self, node: fx.Node, layout: Any, *, copied: bool) -> str:
+        """A value, or a copy of it, in the memory format that a compiled segment reads."""
         name = self.variable(node)
-        if given and self.layouts.get(node) == layout:
+        if not copied and self.layouts.get(node) == layout:
             return name
-        return f"{name}.{'contiguous' if given else 'clone'}(memory_format={self.writer.bind('layout', layout)})"
+        return f"{name}.{'clone' if copied else 'contiguous'}(memory_format={self.writer.bind('layout', layout)})"
 
     def take(self, node: fx.Node, dead: Collection[fx.Node]) -> bool:
-        """Whether a value's memory may be written into; if so, it will be."""
+        """Take a value's memory to write into, if nobody else reads it; whether it was taken."""
         if node not in self.owned or node not in dead:
             return False
         self.taken |= self.origins.get(node, set())
@@ -278,8 +278,11 @@ class _BlockWriter:
                 self.line(f"{self.variable(select)} = {self.variable(value)}")
         if block and written:
             outside = {v for v in values.values() if v not in inside}
-            own = {n for n in block.inputs if n not in written.taken or (n not in outside and self.take(n, dead))}
-            self.line(f"a = [{', '.join(self.variable(n) + ('' if n in own else '.clone()') for n in block.inputs)}]")
+            given = []
+            for node in block.inputs:
+                keeps = node in written.taken and (node in outside or not self.take(node, dead))
+                given.append(self.variable(node) + (".clone()" if keeps else ""))
+            self.line(f"a = [{', '.join(given)}]")
         self.drop(n for n in dead if n not in values)
         if block and written:
             self.line(f"r = {written.name}(a, n, {where}, run)")

@@ -182,6 +182,15 @@ def test_a_convolution_is_added_in_the_memory_of_an_input_that_nobody_reads_late
             assert (total.data_ptr() == shortcut.data_ptr()) is compiled.overwrites[1]
 
 
+def test_a_layer_whose_owner_reads_its_weights(device: torch.device) -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True).eval().to(device)
+    compiled = compile_module(layer, [torch.randn(4, 5, 16, device=device)])
+    for batch in (1, 7):
+        x = torch.randn(batch, 5, 16, device=device)
+        with torch.no_grad():
+            assert_close(compiled(x)[0], layer(x), **TOLERANCE)
+
+
 def test_weights_are_a_snapshot_and_the_modules_stay_as_they_are(device: torch.device) -> None:
     segment = traced(Residual(), device)
     tensors = [images(5, device), images(5, device)]

@@ -93,14 +93,21 @@ class _SmallLinear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.linear = linear
-        self.biased = linear.bias is not None
+
+    @property
+    def weight(self) -> Tensor:
+        """Which the module that owns the layer may read, as torch's transformer layers do."""
+        return self.linear.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.linear.weight, self.linear.bias
         if x.dim() != 2 or x.device.type != "cpu":
             return self.linear(x)  # type: ignore[no-any-return]
-        product = (x.unsqueeze(1) * weight).sum(-1)
-        return product + bias if self.biased else product
+        product = (x.unsqueeze(1) * self.weight).sum(-1)
+        return product if self.bias is None else product + self.bias
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:

@@ -27,7 +27,7 @@ from benchmarks.isolated import footprint, isolated
 from benchmarks.scores import Score, Scoreboard
 from benchmarks.tasks import SCALES, TASKS, Run
 from dyncompile.demo.train import accuracy
-from dyncompile.errors import ArgumentError, DyncompileError
+from dyncompile.errors import ArgumentError, ExportError, UnreachableTargetError
 
 ROUNDS = {1: 27, 16: 27, 64: 15, 256: 9}
 """By batch size: the more, the shorter a call is, for the machine is not ours alone."""
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             compilers = not options.quick and options.only != "training"
             score, forms = tested(contestant, run, compilers=compilers, known=known.get(contestant.name))
-        except DyncompileError as error:  # a target that cannot be reached, a program that does not export
+        except (UnreachableTargetError, ExportError) as error:
             board.refused[contestant.name] = str(error)
             continue
         if score is None:

@@ -1,7 +1,7 @@
 """Lets a convolution add its result to the input that it is added to, in that input's memory.
 
 Inductor does so with a value of the same program, and never with an input of it, which may be the caller's: a residual
-branch that is a segment of its own would write its sum elsewhere, which takes oneDNN a tenth to a fifth longer.
+branch that is a segment of its own would write its sum elsewhere, which takes oneDNN longer.
 """
 
 from collections.abc import Collection

@@ -23,7 +23,9 @@ def main(
     parts: Annotated[list[str] | None, typer.Argument(help="names of parts; none: list them; or `render`")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="little of everything: does it run? No name: all")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    out: Annotated[Path, typer.Option(help="folder for JSON")] = ROOT / "benchmarks" / "results",
+    out: Annotated[
+        Path | None, typer.Option(help="folder for JSON; none: benchmarks/results, if quick a folder in the cache")
+    ] = None,
     cache: Annotated[Path, typer.Option(help="folder for what was trained")] = Path("benchmarks-cache"),
     scale: Annotated[str, typer.Option(help=f"of trained tasks: {', '.join(SCALES)}")] = "full",
     hapt: Annotated[Path | None, typer.Option(help="archive that benchmarks.recordings names")] = None,
@@ -47,6 +49,7 @@ def main(
     find_device(device)  # `harness.told` says what is wrong with it
     if scale not in SCALES:
         raise typer.BadParameter(f"--scale {scale!r}; there are {list(SCALES)}")
+    out = out or (cache / "quick" if quick else ROOT / "benchmarks" / "results")  # no toy among what is committed
     options = Options(quick=quick, device=device, out=out, cache=cache, scale=scale, hapt=hapt)
     chosen = parts or list(PARTS)
     measured = [name for name in chosen if name != RENDER]

@@ -34,7 +34,7 @@ from benchmarks.harness import Report, Table, Target
 from benchmarks.tasks import trained_once
 from dyncompile.demo.datasets import Images, load
 from dyncompile.demo.models import ResNet, VisionTransformer
-from dyncompile.demo.train import Augmented, Schedule, accuracy, multiplies_in_bfloat16, train
+from dyncompile.demo.train import Augmented, Schedule, accuracy, multiplies_in_bfloat16, train, training_layout
 from dyncompile.passes.channel_gate import ChannelGate
 from dyncompile.training.gating import part_rates
 
@@ -144,7 +144,7 @@ def one_seed(static: nn.Module, images: Images, options: argparse.Namespace, see
 def _finetuned(
     dyn: dc.DynamicModule, images: Images, options: argparse.Namespace, named: str, seed: int, **how: Any
 ) -> dc.DynamicModule:
-    dyn.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    dyn.to(memory_format=training_layout(dyn))  # type: ignore[call-overload]
     result = dc.finetune(
         dyn,
         Augmented(images.train, mirror=images.mirror),

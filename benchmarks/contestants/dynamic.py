@@ -11,6 +11,7 @@ from torch import nn
 import dyncompile as dc
 from benchmarks.contestants.contestant import BATCH, Contestant, Forms, trained
 from benchmarks.tasks import Run
+from dyncompile.demo.train import training_layout
 from dyncompile.passes import Pass, resolve
 
 DROP = 0.01
@@ -67,7 +68,7 @@ class Dynamic(Contestant):
         passes: list[str | Pass] = [_pass(name, run) for name in names]
         dyn = dc.dynamize(static, passes, example_inputs=run.splits.test.tensors[0][:2])
         if run.task.images:
-            dyn.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            dyn.to(memory_format=training_layout(dyn))  # type: ignore[call-overload]
         gates, exits = set(names) - _EXITS, set(names) & _EXITS
         options: dict[str, Any] = {"target_cost": BEFORE_EXITS if exits else COST} if gates else {}
         dc.finetune(

@@ -8,6 +8,8 @@ import torch
 from exiting import Net, Tokens
 from skipping import STEPS, WIDTH, Reader
 from test_exporting import converted, example
+from torch import nn
+from torch.nn import functional as F
 
 import dyncompile as dc
 from dyncompile.checking.deciding import settle, switch_on
@@ -95,6 +97,32 @@ def test_steps_are_left_out_where_nobody_keeps_them(reads, tmp_path):
     dyn.gates["frames0"].enabled.fill_(True)
     dyn.gates["frames0"].offset.zero_()
     check_alone(dyn, lambda n: (torch.randn(n, STEPS, WIDTH),), tmp_path / "model.pt2")
+
+
+class Patches(nn.Module):
+    """Patches as tokens, which lie transposed: strides of a convolution's channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 2, stride=2)
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+        self.norms = nn.ModuleList(nn.LayerNorm(16) for _ in range(3))
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            x = x + F.gelu(layer(norm(x)))
+        return self.fc(x.mean(1))
+
+
+@pytest.mark.slow
+def test_compiled_branches_read_values_that_lie_transposed(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(16, 3, 8, 8)
+    dyn = dc.dynamize(Patches(), "early_exit", exits=1, example_inputs=x[:2]).eval()
+    settle(switch_on(dyn), (x,))
+    check_alone(dyn, lambda n: (x[:n],), tmp_path / "model.aoti.pt2")
 
 
 @pytest.mark.slow

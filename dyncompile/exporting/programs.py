@@ -179,7 +179,8 @@ class _Writer:
             name = f"arm{len(root._modules)}"
             root.add_module(name, self.block(block, selects, step, arm))
             root.add_module(f"{name}_not", _Unchanged(len(block.inputs) + 1))
-            operands = [*(values[n] for n in block.inputs), taken, *(found[s] for s in selects)]
+            inputs = [graph.call_function(_row_major, (values[n],)) for n in block.inputs]
+            operands = [*inputs, taken, *(found[s] for s in selects)]
             some = graph.call_function(torch.any, (taken,))
             branches = (graph.get_attr(name), graph.get_attr(f"{name}_not"))
             call = graph.call_function(torch.cond, (some, *branches, tuple(operands)))
@@ -196,6 +197,11 @@ class _Unchanged(nn.Module):
 
     def forward(self, *operands: Tensor) -> tuple[Tensor, ...]:
         return tuple(value.clone(memory_format=torch.contiguous_format) for value in operands[self.first :])
+
+
+def _row_major(value: Tensor) -> Tensor:
+    """AOTInductor may lay an operand out anew, in rows, and read it in the branch by the strides that eager has."""
+    return value.contiguous()
 
 
 def _item(values: tuple[Tensor, ...], index: int) -> Tensor:

@@ -70,7 +70,7 @@ def test_path_goes_from_the_full_depth_to_the_cheapest():
     confidence, losses = pool(2000, 4)
     space = ThresholdSpace(confidence, costs)
     passed = space.passed(confidence)
-    path = space.path(passed, losses)
+    path = list(space.path(passed, losses))
     risks, prices = np.array([means(space, passed, losses, levels) for levels in path]).T
     assert path[0] == space.off
     assert (np.diff(risks) >= 0).all()
@@ -112,7 +112,7 @@ def test_a_head_dearer_than_what_it_saves_is_off():
         return costs(enabled, head=0.9)
 
     space = ThresholdSpace(confidence, dear)
-    assert space.path(space.passed(confidence), losses)[0] == space.off
+    assert next(iter(space.path(space.passed(confidence), losses))) == space.off
     assert space.descend(space.passed(confidence), losses, 1000.0, (0, 0)) == space.off
 
 

@@ -121,7 +121,7 @@ def choose_among(
     off = (0, searched[0].space.off)
     means = {off: searched[0].means(off[1])}
     for index, part in enumerate(searched):
-        means.update({(index, v): part.means(v) for v in part.space.path(part.passed, part.losses)})
+        means.update({(index, v): found for v, found in part.space.path(part.passed, part.losses).items()})
     path = front(means, off)
     if path[-1] == off:
         raise UnreachableTargetError(f"no {what} saves anything: each costs as much as it spares or is wrong too often")

@@ -8,7 +8,7 @@ cost.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any, TypeVar
 
@@ -26,6 +26,8 @@ Key = TypeVar("Key", bound=tuple[Any, ...])
 _PRICES = 48
 _STEPS = 4
 _SWEEPS = 6
+_ENTRIES = 100_000
+"""Samples times vectors that are looked at in one go."""
 
 
 class ThresholdSpace:
@@ -66,11 +68,12 @@ class ThresholdSpace:
             return np.zeros(confidence.shape, dtype=np.int32)
         return np.asfortranarray(np.stack(counts, axis=1).astype(np.int32))
 
-    def leave(self, passed: NDArray[np.int32], levels: Levels) -> NDArray[np.intp]:
-        """Index of the exit at which each sample leaves, E for the end, `[N]`."""
-        leave = np.full(len(passed), len(levels))
-        for index in reversed(range(len(levels))):
-            np.putmask(leave, passed[:, index] > levels[index], index)
+    def leave(self, passed: NDArray[np.int32], levels: Levels | NDArray[np.int32]) -> NDArray[np.intp]:
+        """Index of the exit at which each sample leaves, E for the end: `[N]`, or of vectors `[V, E]`, `[V, N]`."""
+        vectors = np.asarray(levels)
+        leave = np.full((*vectors.shape[:-1], len(passed)), vectors.shape[-1])
+        for index in reversed(range(vectors.shape[-1])):
+            np.putmask(leave, passed[:, index] > vectors[..., index, None], index)
         return leave
 
     def outcome(
@@ -110,27 +113,29 @@ class ThresholdSpace:
     def _sweep(self, passed: NDArray[np.int32], losses: Array, price: float, levels: list[int]) -> None:
         samples, exits = passed.shape
         fires = passed > np.array(levels)
-        arrives = np.column_stack([np.ones(samples, dtype=bool), ~np.logical_or.accumulate(fires, axis=1)])
+        # 1 where a sample arrives at an exit, else 0.
+        arrives = np.ones((samples, exits))
+        arrives[:, 1:] = ~np.logical_or.accumulate(fires, axis=1)[:, :-1]
+        priced, rows = price * losses, np.arange(samples)
         leave = np.full(samples, exits)
         for index in reversed(range(exits)):
-            here = arrives[:, index]
-            onward = price * losses[np.arange(samples), leave]
+            here, onward = arrives[:, index], priced[rows, leave]
             off = list(levels)
             off[index] = self.off[index]
             on = list(levels)
             on[index] = 0
             costs = self.costs(tuple(on))
-            stay = (cost_at(costs, leave) + onward)[here]
-            gain = cost_here(costs, index, here) + price * losses[here, index] - stay
-            histogram = np.bincount(passed[here, index], weights=gain, minlength=self.off[index] + 1)
+            stay = cost_at(costs, leave) + onward
+            gain = (costs[..., index] + priced[:, index] - stay) * here
+            histogram = np.bincount(passed[:, index], weights=gain, minlength=self.off[index] + 1)
             # totals[l]: everything that passes more than l thresholds leaves here.
-            totals = histogram[::-1].cumsum()[::-1][1:] + stay.sum()
+            totals = histogram[::-1].cumsum()[::-1][1:] + stay @ here
             best = len(totals) - 1 - int(totals[::-1].argmin())  # the safest of equals
-            without = (cost_at(self.costs(tuple(off)), leave) + onward)[here].sum()
+            without = (cost_at(self.costs(tuple(off)), leave) + onward) @ here
             levels[index] = best if totals[best] < without - 1e-9 * samples else self.off[index]
-            leave = np.where(passed[:, index] > levels[index], index, leave)
+            np.putmask(leave, passed[:, index] > levels[index], index)
 
-    def path(self, passed: NDArray[np.int32], losses: Array) -> list[Levels]:
+    def path(self, passed: NDArray[np.int32], losses: Array) -> dict[Levels, tuple[float, float]]:
         """Threshold vectors from the safest to the cheapest.
 
         Along it the empirical risk of these samples never falls and their cost always does.
@@ -140,16 +145,16 @@ class ThresholdSpace:
             losses: Losses by exit and at the end, `[N, E + 1]`.
 
         Returns:
-            Levels; where no exit is as safe as the full depth, all exits off come first.
+            Levels, each with its mean loss and cost; where no exit is as safe as the full depth, all exits off come
+            first.
         """
-        means = {v: self._means(passed, losses, v) for v in self._candidates(passed, losses)}
+        means = self.means(passed, losses, set(self._candidates(passed, losses)))
         # Coordinate descent finds the corners of the convex hull; fill in between neighbours.
         for fill in (_crossed, _between, _between):
             found = front(means, self.off)
-            for levels in itertools.chain.from_iterable(map(fill, found, found[1:])):
-                if levels not in means:
-                    means[levels] = self._means(passed, losses, levels)
-        return front(means, self.off)
+            filled = set(itertools.chain.from_iterable(map(fill, found, found[1:])))
+            means |= self.means(passed, losses, filled - set(means))
+        return {levels: means[levels] for levels in front(means, self.off)}
 
     def _candidates(self, passed: NDArray[np.int32], losses: Array) -> Iterator[Levels]:
         prices = np.geomspace(len(passed), 0.05, _PRICES)
@@ -160,9 +165,22 @@ class ThresholdSpace:
                 levels = self.descend(passed, losses, float(price), levels)
                 yield levels
 
-    def _means(self, passed: NDArray[np.int32], losses: Array, levels: Levels) -> tuple[float, float]:
-        loss, cost = self.outcome(passed, losses, levels)
-        return float(loss.mean()), float(cost.mean())
+    def means(
+        self, passed: NDArray[np.int32], losses: Array, vectors: Iterable[Levels]
+    ) -> dict[Levels, tuple[float, float]]:
+        """Mean loss and cost of the samples that are searched, under each vector of levels."""
+        found: dict[Levels, tuple[float, float]] = {}
+        at_once = max(_ENTRIES // max(len(passed), 1), 1)
+        # Those that enable the same exits have the same costs.
+        for enabled, alike in itertools.groupby(sorted(vectors, key=self.enabled), self.enabled):
+            some, costs = list(alike), self._cost_of(enabled)
+            for start in range(0, len(some), at_once):
+                part = some[start : start + at_once]
+                leave = self.leave(passed, np.array(part, dtype=np.int32).reshape(len(part), -1))
+                loss = losses[np.arange(len(passed)), leave].mean(1)
+                pairs = zip(loss.tolist(), cost_at(costs, leave).mean(1).tolist(), strict=True)
+                found.update(zip(part, pairs, strict=True))
+        return found
 
 
 def front(means: Mapping[Key, tuple[float, float]], static: Key) -> list[Key]:
@@ -184,14 +202,9 @@ def front(means: Mapping[Key, tuple[float, float]], static: Key) -> list[Key]:
 
 
 def cost_at(costs: Array, leave: NDArray[np.intp]) -> Array:
-    """Cost of each sample by where it leaves, `[N]`."""
-    found: Array = costs[leave] if costs.ndim == 1 else costs[np.arange(len(leave)), leave]
+    """Cost of each sample by where it leaves, `[..., N]` as `leave`."""
+    found: Array = costs[leave] if costs.ndim == 1 else costs[np.arange(leave.shape[-1]), leave]
     return found
-
-
-def cost_here(costs: Array, index: int, here: NDArray[np.bool_]) -> Any:
-    """Cost of leaving at one exit: one for all, or of each of the samples `here`."""
-    return costs[index] if costs.ndim == 1 else costs[here, index]
 
 
 def _grid(confidence: NDArray[np.float32], resolution: int) -> NDArray[np.float32]:

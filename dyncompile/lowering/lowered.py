@@ -23,13 +23,13 @@ from dyncompile.lowering.program import write_program
 from dyncompile.lowering.runtime import Override, Run, Segments, is_compiled
 from dyncompile.lowering.segments import live, segment_module
 from dyncompile.module import DynamicModule, disabled_decisions
-from dyncompile.nn import Exit
+from dyncompile.nn import Exit, Gate
 from dyncompile.values import sizes
 
 _NOTHING = contextlib.nullcontext()
 
 _CLEAR = 0.05
-"""Distance of a confidence from its threshold beyond which no rounding changes the decision."""
+"""Distance of a confidence or a logit from where a decision turns, beyond which no rounding turns it."""
 
 BACKENDS = ("inductor", "eager")
 _OPTIONS: dict[str, set[str]] = {"inductor": {"cudagraphs", "settings"}, "eager": set()}
@@ -159,33 +159,32 @@ class LoweredModule(nn.Module):
                         fresh.discard(node)
         return fresh, lent
 
-    def _agree(self, node: fx.Node, value: Tensor, values: dict[fx.Node, Tensor]) -> bool:
-        """Whether a value is what eager mode gives but for rounding; of an exit's decisions where it is none."""
+    def _agree(self, node: fx.Node, value: Tensor, values: dict[fx.Node, Any]) -> bool:
+        """Whether a value is what eager mode gives but for rounding; of decisions those that rounding does not turn."""
         expected = values[node]
         if value.is_floating_point():
             return same(value, expected, slack=10.0)
         deciding = _decider(node)
         module = None if deciding is None else self.dynamic.graph.module_of(deciding)
-        if deciding is None or not isinstance(module, Exit):
+        if deciding is None or not isinstance(module, Exit | Gate):
             return True
-        _, confidence, _ = values[deciding]
-        clear = (confidence - module.threshold).abs() > _CLEAR
+        clear = module.clear(values[deciding], _CLEAR)
         return torch.equal(value[clear], expected[clear])
 
-    def examples(self, batch: int = 4) -> dict[fx.Node, Tensor]:
+    def examples(self, batch: int = 4) -> dict[fx.Node, Any]:
         """A value for every value that crosses a border of the plan, in the layout that it has.
 
         Args:
             batch: Number of samples.
 
         Returns:
-            Values of one dense run.
+            Values of one dense run; of exits and gates all that they return.
         """
         wanted = {n for block in self.plan.blocks() for n in (*block.inputs, *block.outputs)}
         wanted.update(n for s in self.plan.segments() for n in (*s.inputs, *s.outputs))
         wanted.update(n for unit in self.plan.demand.units for n in (unit.decision, *unit.selects))
         wanted.update([module for n in wanted if (module := _decider(n))])
-        values: dict[fx.Node, Tensor] = {}
+        values: dict[fx.Node, Any] = {}
 
         class Recorder(fx.Interpreter):
             def run_node(self, n: fx.Node) -> Any:

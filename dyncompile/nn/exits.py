@@ -101,6 +101,15 @@ class Exit(nn.Module):
             )
         return prediction, confidence, self.enabled & (confidence >= self.threshold)
 
+    def clear(self, results: Sequence[Tensor], margin: float) -> Tensor:
+        """Which decisions of evaluation, `[N]`, no change of the confidence by up to a margin turns.
+
+        Args:
+            results: What the exit returned.
+            margin: Of confidences.
+        """
+        return (results[1] - self.threshold).abs() > margin
+
     def beside(self, inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor | None]:
         """Of the inputs what the head does not read: earlier exits' predictions, and the mask if there is one."""
         rest = inputs[self.features :]

@@ -1,7 +1,7 @@
 """A gate: a policy that reads features, how its choice is made differentiable, and a knob for calibration."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -180,6 +180,20 @@ class Gate(nn.Module):
         p = torch.softmax(logits, -1)
         full = F.one_hot(torch.full(p.shape[:-1], self.open_arm, device=p.device), self.routes).to(p.dtype)
         return self._unless_open(logits, full + (p - p.detach()), self.estimator.categorical)
+
+    def clear(self, results: Sequence[Tensor], margin: float) -> Tensor:
+        """Which decisions of evaluation no change of the logits by up to a margin turns: bool, as the decision.
+
+        Args:
+            results: What the gate returned.
+            margin: Of logits.
+        """
+        probability = results[1]
+        logits = torch.logit(probability.float(), 1e-9) + self.bias
+        if not self.routes:
+            return logits.abs() > margin
+        first, second = (probability.float().log() + self._dearer(self.bias, logits)).topk(2, -1).values.unbind(-1)
+        return first - second > 2 * margin
 
     def _unless_open(self, logits: Tensor, opened: Tensor, estimate: Callable[[Tensor], Tensor]) -> Tensor:
         """The estimate, or in a disabled gate the open arm, exactly, with the gradient of its probability."""

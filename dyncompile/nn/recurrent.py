@@ -1,5 +1,7 @@
 """Recurrent layers that skip steps: a skipped step copies the state, and its output is the last one computed."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -145,6 +147,10 @@ class StepGate(Gate):
             d.flatten(),
             torch.stack(probabilities, 1).flatten(),
         )
+
+    def clear(self, results: Sequence[Tensor], margin: float) -> Tensor:  # noqa: ARG002 - as any gate's
+        """None: a step hangs on the state before it, which other decisions made."""
+        return torch.zeros_like(results[-2])
 
     def lowered(self) -> "DroppingLayer":
         """What runs in its place where steps are skipped for real."""

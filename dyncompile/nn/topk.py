@@ -1,5 +1,7 @@
 """A gate that opens as many arms for every row."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -57,6 +59,10 @@ class TopKGate(Gate):
             drawn = drawn + one
             gone = gone | F.one_hot(one.argmax(-1), logits.shape[-1]).bool()
         return drawn.clamp(max=1)
+
+    def clear(self, results: Sequence[Tensor], margin: float) -> Tensor:  # noqa: ARG002 - as any gate's
+        """None: probabilities do not tell by how much the k-th is ahead."""
+        return torch.zeros_like(results[0])
 
     def extra_repr(self) -> str:
         return f"k={self.k}, enabled={bool(self.enabled)}"

@@ -42,6 +42,12 @@ def settle(dyn: dc.DynamicModule, x: Tensor, share: float) -> float:
     return float(dyn.trace(x).cost.mean())
 
 
+def knobs(dyn: dc.DynamicModule) -> dict[str, float]:
+    """Thresholds of exits and biases of gates, as an exported file names them."""
+    thresholds = {f"exits.{name}.threshold": float(exit_.threshold) for name, exit_ in exits(dyn).items()}
+    return thresholds | {f"gates.{name}.bias": float(gate.bias) for name, gate in gates(dyn).items()}
+
+
 def _between(values: Tensor, share: float) -> float:
     ordered = values.flatten().sort().values
     cut = min(max(round(share * len(ordered)), 1), len(ordered) - 1)

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 import dyncompile as dc
 from benchmarks import equality, harness
 from benchmarks.cases import CASES, torchvision
-from benchmarks.deciding import enable, settle
+from benchmarks.deciding import enable, knobs, settle
 from benchmarks.early_exit import realised_saving
 from benchmarks.harness import Report, Table, Target, Timing, take_turns
 from dyncompile.demo.models import ResNet, resnet20
+from dyncompile.exporting import set_knobs
 from dyncompile.passes import Pass
 from dyncompile.passes.early_exit import EarlyExit
 from dyncompile.passes.frame_skip import FrameSkip
@@ -132,9 +133,10 @@ def measure(report: Report, name: str, case: Case, folder: Path, *, rounds: int)
     for batch, routing in ROUTINGS.items():
         calls = {"static": stream(session(static), x, batch)}
         counted = {"static": 1.0}
+        path = dc.export(dyn, folder / "dynamic.onnx", routing=routing)
         for what, share in (("full depth", 0.0), ("a half decides", 0.5), ("a quarter decides", 0.25)):
             counted[what] = settle(dyn, x, share)
-            path = dc.export(dyn, folder / "dynamic.onnx", routing=routing)
+            set_knobs(path, knobs(dyn))
             calls[what] = stream(session(path), x, batch)
         times = take_turns(calls, rounds=rounds)
         report.tables.append(_table(f"{name}, batch {batch}, routing {routing!r}", times, counted, len(x) // batch))

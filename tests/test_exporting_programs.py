@@ -117,10 +117,11 @@ class Patches(nn.Module):
 
 
 @pytest.mark.slow
-def test_compiled_branches_read_values_that_lie_transposed(tmp_path):
+@pytest.mark.parametrize("strategies", [["early_exit"], ["layer_skip", "early_exit"]], ids=" ".join)
+def test_compiled_branches_read_values_that_lie_transposed(strategies, tmp_path):
     torch.manual_seed(0)
     x = torch.randn(16, 3, 8, 8)
-    dyn = dc.dynamize(Patches(), "early_exit", exits=1, example_inputs=x[:2]).eval()
+    dyn = dc.dynamize(Patches(), strategies, example_inputs=x[:2]).eval()
     settle(switch_on(dyn), (x,))
     check_alone(dyn, lambda n: (x[:n],), tmp_path / "model.aoti.pt2")
 

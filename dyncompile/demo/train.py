@@ -19,13 +19,14 @@ def multiplies_in_bfloat16() -> bool:
 
 
 def training_layout(model: nn.Module) -> torch.memory_format:
-    """Channels last, which trains fastest on a processor, but where oneDNN writes behind a buffer of its own.
+    """Channels last, which trains fastest, but where oneDNN writes behind a buffer of its own.
 
     So does its weight gradient of a strided 1x1 convolution that has fewer input channels than a vector has floats:
     the process dies, now or later (https://github.com/uxlfoundation/oneDNN/issues/6035).
     """
     narrow = any(
         isinstance(layer, nn.Conv2d)
+        and layer.weight.device.type == "cpu"
         and layer.in_channels // layer.groups < 16
         and max(layer.kernel_size) == 1
         and max(layer.stride) > 1

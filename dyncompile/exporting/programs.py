@@ -1,6 +1,7 @@
 """A plan as a program of torch with nested `torch.cond`: an arm runs on the whole batch as soon as one row takes it."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def export_program(plain: LoweredModule, path: Path, metadata: dict[str, str], *
     program = _exported(plain.plan, dyn)
     try:
         if compiled:
-            with quiet():
+            with quiet(), _operands_as_traced():
                 torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=_INDUCTOR)
             call: Callable[..., Any] = torch._inductor.aoti_load_package(str(path))
         else:
@@ -85,6 +86,36 @@ def _exported(plan: Plan, dyn: DynamicModule) -> torch.export.ExportedProgram:
         if node.target is torch.ops.aten._assert_scalar.default:
             program.graph.erase_node(node)
     return program
+
+
+@contextlib.contextmanager
+def _operands_as_traced() -> Iterator[None]:
+    """While open, inductor lays operands of `torch.cond` out as they were traced.
+
+    Else it may choose another order of the dims where it writes an operand, while the branches read it by the strides
+    that were traced.
+    """
+    from torch._inductor.ir import ExternKernel, TensorBox
+    from torch._inductor.lowering import lowerings
+    from torch._inductor.virtualized import V
+
+    original = lowerings[torch.ops.higher_order.cond]
+
+    def lowered(predicate: Any, true: Any, false: Any, operands: Any) -> Any:
+        nodes: Any = V.graph.current_node.args[-1]
+        laid_out = [
+            ExternKernel.require_exact_strides(value, node.meta["val"].stride())
+            if isinstance(value, TensorBox)
+            else value
+            for value, node in zip(operands, nodes, strict=True)
+        ]
+        return original(predicate, true, false, laid_out)
+
+    lowerings[torch.ops.higher_order.cond] = lowered
+    try:
+        yield
+    finally:
+        lowerings[torch.ops.higher_order.cond] = original
 
 
 def _first(error: Exception) -> str:
@@ -179,8 +210,7 @@ class _Writer:
             name = f"arm{len(root._modules)}"
             root.add_module(name, self.block(block, selects, step, arm))
             root.add_module(f"{name}_not", _Unchanged(len(block.inputs) + 1))
-            inputs = [graph.call_function(_row_major, (values[n],)) for n in block.inputs]
-            operands = [*inputs, taken, *(found[s] for s in selects)]
+            operands = [*(values[n] for n in block.inputs), taken, *(found[s] for s in selects)]
             some = graph.call_function(torch.any, (taken,))
             branches = (graph.get_attr(name), graph.get_attr(f"{name}_not"))
             call = graph.call_function(torch.cond, (some, *branches, tuple(operands)))
@@ -197,11 +227,6 @@ class _Unchanged(nn.Module):
 
     def forward(self, *operands: Tensor) -> tuple[Tensor, ...]:
         return tuple(value.clone(memory_format=torch.contiguous_format) for value in operands[self.first :])
-
-
-def _row_major(value: Tensor) -> Tensor:
-    """AOTInductor may lay an operand out anew, in rows, and read it in the branch by the strides that eager has."""
-    return value.contiguous()
 
 
 def _item(values: tuple[Tensor, ...], index: int) -> Tensor:

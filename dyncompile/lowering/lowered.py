@@ -160,16 +160,19 @@ class LoweredModule(nn.Module):
         return fresh, lent
 
     def _agree(self, node: fx.Node, value: Tensor, values: dict[fx.Node, Any]) -> bool:
-        """Whether a value is what eager mode gives but for rounding; of decisions those that rounding does not turn."""
+        """Whether a value is what eager mode gives, but for rounding.
+
+        Of what an exit or a gate decides, only decisions that are far from turning are compared; what is made of a
+        decision (one column of a policy's) is not.
+        """
         expected = values[node]
         if value.is_floating_point():
             return same(value, expected, slack=10.0)
         deciding = _decider(node)
-        module = None if deciding is None else self.dynamic.graph.module_of(deciding)
-        if deciding is None or not isinstance(module, Exit | Gate):
+        if deciding is None or not isinstance(module := self.dynamic.graph.module_of(deciding), Exit | Gate):
             return True
         clear = module.clear(values[deciding], _CLEAR)
-        return torch.equal(value[clear], expected[clear])
+        return clear is None or torch.equal(value[clear], expected[clear])
 
     def examples(self, batch: int = 4) -> dict[fx.Node, Any]:
         """A value for every value that crosses a border of the plan, in the layout that it has.

@@ -1,7 +1,5 @@
 """Policies that look at single frames of a sequence, and how they share out the steps that are kept."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -70,6 +68,8 @@ class PacedGate(Gate):
         steps: T.
     """
 
+    alone = False
+
     def __init__(self, policy: nn.Module, *, estimator: Estimator, steps: int) -> None:
         super().__init__(policy, estimator=estimator)
         self.steps = steps
@@ -98,10 +98,6 @@ class PacedGate(Gate):
         passed = (p.cumsum(1) + 0.5).floor()
         kept = passed - F.pad(passed[:, :-1], (1, 0)) > 0
         return kept.flatten() | ~self.enabled
-
-    def clear(self, results: Sequence[Tensor], margin: float) -> Tensor:  # noqa: ARG002 - as any gate's
-        """None: a step hangs on the sum over all before it."""
-        return torch.zeros_like(results[0])
 
     def extra_repr(self) -> str:
         return f"steps={self.steps}, {super().extra_repr()}"

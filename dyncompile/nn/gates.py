@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +86,9 @@ class Gate(nn.Module):
     enabled: Tensor
     bias: Tensor
     offset: Tensor
+
+    alone: ClassVar[bool] = True
+    """Whether a decision follows from its own logits and no other's."""
 
     def __init__(
         self,
@@ -181,19 +184,24 @@ class Gate(nn.Module):
         full = F.one_hot(torch.full(p.shape[:-1], self.open_arm, device=p.device), self.routes).to(p.dtype)
         return self._unless_open(logits, full + (p - p.detach()), self.estimator.categorical)
 
-    def clear(self, results: Sequence[Tensor], margin: float) -> Tensor:
-        """Which decisions of evaluation no change of the logits by up to a margin turns: bool, as the decision.
+    def clear(self, results: Sequence[Tensor], margin: float) -> Tensor | None:
+        """Which decisions of evaluation no change of the logits by up to a margin turns.
 
         Args:
             results: What the gate returned.
             margin: Of logits.
+
+        Returns:
+            Bool, as the decision; None where that cannot be told.
         """
-        probability = results[1]
-        logits = torch.logit(probability.float(), 1e-9) + self.bias
-        if not self.routes:
-            return logits.abs() > margin
-        first, second = (probability.float().log() + self._dearer(self.bias, logits)).topk(2, -1).values.unbind(-1)
-        return first - second > 2 * margin
+        p = results[1]
+        if not self.alone or p.dtype.itemsize < 4:
+            return None
+        if self.routes:
+            first, second = (p.log() + self._dearer(self.bias, p)).topk(2, -1).values.unbind(-1)
+            return first - second > 2 * margin
+        # What rounding a probability does to its logit grows without bound towards 1.
+        return (torch.logit(p) + self.bias).abs() > margin + torch.finfo(p.dtype).eps / (1 - p)
 
     def _unless_open(self, logits: Tensor, opened: Tensor, estimate: Callable[[Tensor], Tensor]) -> Tensor:
         """The estimate, or in a disabled gate the open arm, exactly, with the gradient of its probability."""

@@ -1,7 +1,5 @@
 """Recurrent layers that skip steps: a skipped step copies the state, and its output is the last one computed."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -109,6 +107,8 @@ class StepGate(Gate):
         layer: The layer's form.
     """
 
+    alone = False
+
     def __init__(self, policy: nn.Module, *, estimator: Estimator, layer: SkippingLayer) -> None:
         super().__init__(policy, estimator=estimator, standardise=False)
         self.layer = layer
@@ -147,10 +147,6 @@ class StepGate(Gate):
             d.flatten(),
             torch.stack(probabilities, 1).flatten(),
         )
-
-    def clear(self, results: Sequence[Tensor], margin: float) -> Tensor:  # noqa: ARG002 - as any gate's
-        """None: a step hangs on the state before it, which other decisions made."""
-        return torch.zeros_like(results[-2])
 
     def lowered(self) -> "DroppingLayer":
         """What runs in its place where steps are skipped for real."""

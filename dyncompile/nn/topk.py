@@ -1,7 +1,5 @@
 """A gate that opens as many arms for every row."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,6 +22,8 @@ class TopKGate(Gate):
         k: How many, from 1 to D - 1.
         decisions: D.
     """
+
+    alone = False
 
     def __init__(self, policy: nn.Module, *, estimator: Estimator, k: int, decisions: int) -> None:
         super().__init__(policy, estimator=estimator, decisions=decisions)
@@ -59,10 +59,6 @@ class TopKGate(Gate):
             drawn = drawn + one
             gone = gone | F.one_hot(one.argmax(-1), logits.shape[-1]).bool()
         return drawn.clamp(max=1)
-
-    def clear(self, results: Sequence[Tensor], margin: float) -> Tensor:  # noqa: ARG002 - as any gate's
-        """None: probabilities do not tell by how much the k-th is ahead."""
-        return torch.zeros_like(results[0])
 
     def extra_repr(self) -> str:
         return f"k={self.k}, enabled={bool(self.enabled)}"

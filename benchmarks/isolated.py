@@ -21,19 +21,17 @@ from benchmarks.forms import whole
 LOWERED = "lowered"
 
 
-def isolated(function: Callable[..., dict[str, float]], *args: Any, empty: bool = True) -> dict[str, float]:
-    """Run a function of this module in a fresh process with one thread.
+def isolated(function: Callable[..., dict[str, float]], *args: Any) -> dict[str, float]:
+    """Run a function of this module in a fresh process with one thread and empty compiler caches.
 
     Args:
         function: What to run.
         args: Its arguments.
-        empty: Start with empty compiler caches.
     """
     kept = dict(os.environ)
     with tempfile.TemporaryDirectory() as caches:
         os.environ["OMP_NUM_THREADS"] = "1"
-        if empty:
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = caches
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = caches
         try:
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(1, mp_context=context) as pool:

@@ -4,7 +4,7 @@ A segment goes through `torch._inductor.compile_fx` directly, and the program th
 generated is called as it is: without the wrappers of AOTAutograd and the guards of dynamo, which
 exist for what a segment never does (autograd, mutation, Python control flow).
 
-Four things are done that inductor leaves undone when the batch is symbolic:
+Five things are done that inductor leaves undone, at least when the batch is symbolic:
 
 - Convolution weights are packed for the example's batch. Inductor packs them in every call as soon
   as a size is symbolic, which doubles the time of a ResNet-18 at batch 1; so does AOTInductor.
@@ -14,6 +14,7 @@ Four things are done that inductor leaves undone when the batch is symbolic:
 - Every tensor at a border is dense: channels-last where it is so in eager mode, else row-major.
   Nothing is converted between segments.
 - A sum may be formed in the memory of an input (`dyncompile.lowering.overwriting`).
+- Weights lie in large pages (`dyncompile.lowering.paging`).
 
 Segments of equal structure share a program on the processor (`dyncompile.lowering.sharing`); each has
 the constants that its own weights fold to. On a GPU they share kernels alone: inductor keys compiled
@@ -37,6 +38,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from dyncompile.errors import ArgumentError, LoweringError
 from dyncompile.lowering.entry import Entry, memory_format
 from dyncompile.lowering.overwriting import overwrite_inputs
+from dyncompile.lowering.paging import into_large_pages
 from dyncompile.lowering.sharing import Folding, Tape, loaded, structure
 from dyncompile.lowering.weights import pack_convolutions, separate
 
@@ -160,6 +162,7 @@ class _Program:
         """The same program of other weights."""
         assert self.folding is not None
         constants = dict(zip(self.constants, self.folding(weights), strict=True))
+        into_large_pages(constants.values())
         return replace(self, run=loaded(self.source, constants))
 
 
@@ -327,6 +330,7 @@ class CompiledSegment:
         }
         with torch.no_grad(), config.patch(patches), tracing(TracingContext(fake_mode)), tape.running():
             compile_fx(cast("fx.GraphModule", entry), fakes, inner_compile=keep)
+        into_large_pages(constant for constant in held.values() if isinstance(constant, Tensor))
         guards = tuple(guard.expr for guard in env.guards if not _picks_eager_kernel(guard))
         return _Program(
             run=code[0].current_callable,

@@ -1,0 +1,42 @@
+"""Weights in large pages: where they lie, and that they stay what they are."""
+
+import ctypes
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dyncompile.lowering.paging import into_large_pages
+
+SIZE = 16 << 20
+
+
+def large(address: int) -> int:
+    """Bytes in large pages of the mapping that an address lies in."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif inside and line.startswith("AnonHugePages:"):
+            return 1024 * int(line.split()[1])
+    return 0
+
+
+def collapses() -> bool:
+    """Whether this system puts memory into large pages when asked to."""
+    block = torch.ones(SIZE // 4)
+    inside = -(-block.data_ptr() // (2 << 20)) * (2 << 20)
+    return ctypes.CDLL(None).madvise(ctypes.c_void_p(inside), ctypes.c_size_t(2 << 20), 25) == 0
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_large_tensors_move_and_keep_their_values(packed: bool) -> None:
+    given = torch.randn(SIZE // 4 // 1024, 1024)
+    tensor = given.to_mkldnn() if packed else given.clone()
+    into_large_pages([tensor, torch.ones(3), torch.empty(4, device="meta")])
+    torch.testing.assert_close(tensor.to_dense() if packed else tensor, given, rtol=0, atol=0)
+    if sys.platform == "linux" and collapses():
+        address = torch.ops.mkldnn.data_ptr(tensor) if packed else tensor.data_ptr()
+        assert large(address) >= SIZE

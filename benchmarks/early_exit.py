@@ -238,8 +238,7 @@ def compiling(report: Report, name: str, *, quick: bool, device: str) -> None:
 
 def memory(report: Report, name: str, batch: int, *, quick: bool, device: str) -> None:
     """Peak memory of the static and the lowered model."""
-    measure = peak_memory if quick else partial(isolated, peak_memory)
-    static, lowered = (measure(name, form, batch, device) for form in (WHOLE, LOWERED))
+    static, lowered = (isolated(peak_memory, name, form, batch, device, empty=not quick) for form in (WHOLE, LOWERED))
     table = Table(
         title=f"{name}, batch {batch}: peak memory", columns=["what", "static MB", "lowered MB", "ratio"], rows=[]
     )

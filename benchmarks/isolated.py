@@ -21,17 +21,19 @@ from benchmarks.forms import whole
 LOWERED = "lowered"
 
 
-def isolated(function: Callable[..., dict[str, float]], *args: Any) -> dict[str, float]:
-    """Run a function of this module in a fresh process with one thread and empty compiler caches.
+def isolated(function: Callable[..., dict[str, float]], *args: Any, empty: bool = True) -> dict[str, float]:
+    """Run a function of this module in a fresh process with one thread.
 
     Args:
         function: What to run.
         args: Its arguments.
+        empty: Start with empty compiler caches.
     """
     kept = dict(os.environ)
     with tempfile.TemporaryDirectory() as caches:
         os.environ["OMP_NUM_THREADS"] = "1"
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = caches
+        if empty:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = caches
         try:
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(1, mp_context=context) as pool:

@@ -119,7 +119,8 @@ def choose_among(
     free = "thresholds" if len(settings) == 1 else "thresholds and knobs" if settings[0].scores.exits else "knobs"
     searched = [_Part(setting, design) for setting in settings]
     off = (0, searched[0].space.off)
-    means = {off: searched[0].means(off[1])}
+    static = searched[0]
+    means = {off: static.space.means(static.passed, static.losses, [off[1]])[off[1]]}
     for index, part in enumerate(searched):
         means.update({(index, v): found for v, found in part.space.path(part.passed, part.losses).items()})
     path = front(means, off)
@@ -135,8 +136,8 @@ def choose_among(
     )
     if target.max_drop is not None:
         certified = trial.certify(target.max_drop)
-        static = float(parts[0].outcome(off[1])[1].mean())
-        chosen, bound = trial.cheapest(certified, target.max_drop, static), target.max_drop
+        price = float(parts[0].outcome(off[1])[1].mean())
+        chosen, bound = trial.cheapest(certified, target.max_drop, price), target.max_drop
     else:
         certified = 0
         chosen, bound = trial.safest([searched[index].outcome(levels)[1] for index, levels in path])
@@ -198,11 +199,6 @@ class _Part:
     def outcome(self, levels: Levels) -> tuple[Array, Array]:
         """Loss and cost of each sample under a vector of levels, `[N]` each."""
         return self.space.outcome(self.passed, self.losses, levels, self._costs(self.space.enabled(levels)))
-
-    def means(self, levels: Levels) -> tuple[float, float]:
-        """Mean loss and cost of the samples."""
-        loss, cost = self.outcome(levels)
-        return float(loss.mean()), float(cost.mean())
 
     def accuracy(self, levels: Levels) -> float | None:
         """Share of the samples that are right; None where it is not defined."""

@@ -5,7 +5,6 @@ import re
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 from dyncompile.lowering.paging import into_large_pages
@@ -37,12 +36,14 @@ def collapses() -> bool:
     return ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), 25) == 0
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_large_tensors_move_and_keep_their_values(packed: bool) -> None:
+def test_large_tensors_move_and_keep_their_values() -> None:
     given = torch.randn(SIZE // 4 // 1024, 1024)
-    tensor = given.to_mkldnn() if packed else given.clone()
-    into_large_pages([tensor, torch.ones(3), torch.empty(4, device="meta")])
-    torch.testing.assert_close(tensor.to_dense() if packed else tensor, given, rtol=0, atol=0)
+    packed, dense = given.to_mkldnn(), given.clone()
+    blocks = [within(torch.ops.mkldnn.data_ptr(packed)), within(dense.data_ptr())]
+    into_large_pages([packed, dense, torch.ones(3), torch.empty(4, device="meta")])
+    # Looked up before this system is asked what it does, which may use pages beside them.
+    found = [large(start) for start, _ in blocks]
+    for tensor in (packed.to_dense(), dense):
+        torch.testing.assert_close(tensor, given, rtol=0, atol=0)
     if sys.platform == "linux" and collapses():
-        start, size = within(torch.ops.mkldnn.data_ptr(tensor) if packed else tensor.data_ptr())
-        assert large(start) >= size
+        assert all(inside >= size for inside, (_, size) in zip(found, blocks, strict=True))

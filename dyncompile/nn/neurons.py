@@ -10,11 +10,12 @@ from torch import Tensor, fx, nn
 
 from dyncompile.kernel_costs import KernelCosts, kernel_costs, seconds
 from dyncompile.nn.channelwise import Results
+from dyncompile.nn.grouped_gemm import GroupedMatrices, GroupedRows
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-_FEW = 150
-"""Rows below which it takes time to read the matrix that they are multiplied with, least where that lies together."""
+_PROBE = 150
+"""Rows, at least, of which the clock tells more than what a call takes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,11 +99,6 @@ class NeuronWeights:
         own = slice(start, stop)
         firsts = [(weight[:, own], None if bias is None else bias[own]) for weight, bias in self.firsts]
         return NeuronWeights(firsts=firsts, second=self.second[own], bias=self.bias)
-
-    def contiguous(self) -> "NeuronWeights":
-        """The same, each row of a matrix behind the one before."""
-        firsts = [(weight.contiguous(), bias) for weight, bias in self.firsts]
-        return NeuronWeights(firsts=firsts, second=self.second.contiguous(), bias=self.bias)
 
 
 class GatedNeurons(nn.Module):
@@ -212,7 +208,8 @@ class GatheredNeurons(nn.Module):
     """The same in evaluation, of open groups alone.
 
     Together, all rows run the groups that any of them opens; apart, each group runs on the rows that open it. What
-    takes less time is taken, as either was measured when rows first opened different groups.
+    takes less time is taken, as either was measured when rows first opened different groups. Frozen, on a processor,
+    groups always run apart, by one kernel for all of them.
 
     Args:
         dense: Whose parts it has.
@@ -222,7 +219,8 @@ class GatheredNeurons(nn.Module):
         super().__init__()
         self.dense = dense
         self.frozen = False
-        self._kept: _Parts | None = None
+        self._kept: NeuronWeights | None = None
+        self._packed: _Packed | None = None
         self._known: dict[Hashable, KernelCosts] = {}
         self.eval()
 
@@ -232,48 +230,53 @@ class GatheredNeurons(nn.Module):
 
     def forward(self, static: None, decision: Tensor, x: Tensor, *weights: Tensor) -> Results:  # noqa: ARG002 - as in the dense form
         """Compute the layer; arguments as in `GatedNeurons.forward`, the decisions bool."""
+        layout = self.dense.layout
+        return (layout.restored(self._computed(layout.matrix(x), decision, weights), x),)
+
+    def _computed(self, rows: Tensor, decision: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """`[R, P, E]` of rows `[R, P, D]`."""
         dense = self.dense
         opened = decision.view(-1, dense.groups)
-        rows = dense.layout.matrix(x)
-        parts = self._parts(weights)
+        whole = self._whole(weights)
         if torch.compiler.is_exporting():
-            groups = [(g, opened[:, g].nonzero().view(-1)) for g in range(dense.groups)]
-            return (dense.layout.restored(self._apart(rows, groups, parts), x),)
+            return self._apart(rows, [(g, opened[:, g].nonzero().view(-1)) for g in range(dense.groups)], whole)
+        if self.frozen and _has_kernel(rows, whole):
+            if self._packed is None:
+                self._packed = _Packed(whole, dense.groups)
+            return self._packed(rows, opened, dense.act)
         counts: list[int] = decision.tolist() if len(opened) == 1 else opened.sum(0).tolist()
         used = [g for g, count in enumerate(counts) if count]
-        if self._pays(rows, counts, parts):
+        if self._pays(rows, counts, whole):
             picked = opened.t().nonzero()[:, 1].split([counts[g] for g in used])
-            found = self._apart(rows, list(zip(used, picked, strict=True)), parts)
-        elif used:
-            mask = None
-            if sum(counts) < len(used) * len(rows):
-                mask = opened[:, used].repeat_interleave(dense.size, 1).unsqueeze(1)
-            few = self.frozen and rows.shape[0] * rows.shape[1] < _FEW
-            found = dense.together(rows, parts.of(used, few=few), mask)
-        else:
-            found = _constant(rows, parts.whole)
-        return (dense.layout.restored(found, x),)
+            return self._apart(rows, list(zip(used, picked, strict=True)), whole)
+        if not used:
+            return _constant(rows, whole)
+        mask = None
+        if sum(counts) < len(used) * len(rows):
+            mask = opened[:, used].repeat_interleave(dense.size, 1).unsqueeze(1)
+        parts = [whole.part(start * dense.size, stop * dense.size) for start, stop in _runs(used)]
+        return dense.together(rows, parts, mask)
 
-    def _pays(self, rows: Tensor, counts: list[int], parts: "_Parts") -> bool:
+    def _pays(self, rows: Tensor, counts: list[int], whole: NeuronWeights) -> bool:
         """Whether groups apart take less time."""
         samples = len(rows)
         used = sum(count > 0 for count in counts)
         if sum(counts) == used * samples:
             return False
-        costs = kernel_costs(self._known, rows.shape[1:], rows, partial(self._measured, rows[:1], parts))
+        costs = kernel_costs(self._known, rows.shape[1:], rows, partial(self._measured, rows[:1], whole))
         return used * costs.call + sum(counts) * costs.gathered < costs.call + samples * used * costs.unit
 
-    def _measured(self, row: Tensor, parts: "_Parts") -> KernelCosts:
+    def _measured(self, row: Tensor, whole: NeuronWeights) -> KernelCosts:
         """Seconds of a call, and more for each group of a row."""
-        samples = max(2, -(-_FEW // row.shape[1]))
+        samples = max(2, -(-_PROBE // row.shape[1]))
         rows = row.expand(samples, -1, -1).contiguous()
         first, every = (torch.arange(len(x), device=x.device) for x in (row, rows))
         call, apart, together = (
             seconds(run, row.device)
             for run in (
-                partial(self._apart, row, [(0, first)], parts),
-                partial(self._apart, rows, [(0, every)], parts),
-                partial(self.dense.together, rows, [parts.whole], None),
+                partial(self._apart, row, [(0, first)], whole),
+                partial(self._apart, rows, [(0, every)], whole),
+                partial(self.dense.together, rows, [whole], None),
             )
         )
         return KernelCosts(
@@ -282,48 +285,57 @@ class GatheredNeurons(nn.Module):
             gathered=max(apart - call, 0.0) / samples,
         )
 
-    def _apart(self, rows: Tensor, groups: Sequence[tuple[int, Tensor]], parts: "_Parts") -> Tensor:
+    def _apart(self, rows: Tensor, groups: Sequence[tuple[int, Tensor]], whole: NeuronWeights) -> Tensor:
         """Groups, each on its own rows `[r]`."""
-        found = _constant(rows, parts.whole)
-        few = self.frozen and rows.shape[1] * sum(own.shape[0] for _, own in groups) < _FEW * len(groups)
+        found, size = _constant(rows, whole), self.dense.size
         for g, own in groups:
-            (part,) = parts.of([g], few=few)
+            part = whole.part(g * size, (g + 1) * size)
             hidden = self.dense.neurons(rows.index_select(0, own).flatten(0, 1), [part])
             made = (hidden @ part.second).to(found.dtype)  # autocast may have lowered it
             found = found.index_add_(0, own, made.view(own.shape[0], *found.shape[1:]))
         return found
 
-    def _parts(self, weights: Sequence[Tensor]) -> "_Parts":
+    def _whole(self, weights: Sequence[Tensor]) -> NeuronWeights:
         if self._kept is not None:
             return self._kept
         if not self.frozen:
-            return _Parts(self.dense.arranged(weights), self.dense.size)
-        self._kept = _Parts(self.dense.arranged([weight.detach() for weight in weights]), self.dense.size)
+            return self.dense.arranged(weights)
+        self._kept = self.dense.arranged([weight.detach() for weight in weights])
         return self._kept
 
 
-class _Parts:
-    """Groups, cut out of the parameters when first asked for.
+class _Packed:
+    """The parameters of neurons as the kernel reads them that multiplies rows by the matrices of their groups.
 
     Args:
-        whole: Neurons in the order of their groups.
-        size: Of a group.
+        whole: Neurons in the order of their groups, all of one size.
+        groups: How many.
     """
 
-    def __init__(self, whole: NeuronWeights, size: int) -> None:
-        self.whole, self.size = whole, size
-        self.found: dict[tuple[int, int, bool], NeuronWeights] = {}
+    def __init__(self, whole: NeuronWeights, groups: int) -> None:
+        self.whole = whole
+        self.firsts = [
+            GroupedMatrices(
+                weight.unflatten(1, (groups, -1)).transpose(0, 1), None if b is None else b.view(groups, -1)
+            )
+            for weight, b in whole.firsts
+        ]
+        self.second = GroupedMatrices(whole.second.unflatten(0, (groups, -1)))
 
-    def of(self, groups: Sequence[int], *, few: bool) -> list[NeuronWeights]:
-        """Some groups, as they are read fastest for few rows or for many: each copied together, or runs as they lie."""
-        return [self._cut(start, stop, few) for start, stop in (((g, g + 1) for g in groups) if few else _runs(groups))]
+    def __call__(self, rows: Tensor, opened: Tensor, act: nn.Module) -> Tensor:
+        """Compute `[R, P, D]`, each row on the groups that it opens, `[R, G]`: `[R, P, E]`."""
+        own = GroupedRows(opened)
+        made = [first.gathered(rows, own) for first in self.firsts]
+        hidden = act(*(values.flatten(0, 1) for values in made)).view(made[0].shape)
+        found = _constant(rows, self.whole)
+        self.second.scattered(found, hidden, own)
+        return found
 
-    def _cut(self, start: int, stop: int, few: bool) -> NeuronWeights:
-        key = start, stop, few
-        if key not in self.found:
-            part = self.whole.part(start * self.size, stop * self.size)
-            self.found[key] = part.contiguous() if few else part
-        return self.found[key]
+
+def _has_kernel(rows: Tensor, weights: NeuronWeights) -> bool:
+    """Whether there is a kernel for what is multiplied."""
+    plain = rows.device.type == "cpu" and rows.dtype == weights.second.dtype == torch.float32
+    return plain and not torch.is_autocast_enabled("cpu")
 
 
 def _only(hidden: Tensor, mask: Tensor) -> Tensor:

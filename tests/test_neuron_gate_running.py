@@ -12,7 +12,7 @@ import dyncompile as dc
 from dyncompile.demand import specialise, stands_in
 from dyncompile.errors import ArgumentError
 from dyncompile.kernel_costs import FREE, assumed
-from dyncompile.nn.neurons import GatedNeurons
+from dyncompile.nn.neurons import GatedNeurons, GatheredNeurons
 from dyncompile.passes.early_exit import EarlyExit
 from dyncompile.passes.layer_skip import LayerSkip
 from dyncompile.passes.neuron_gate import NeuronGate
@@ -211,6 +211,28 @@ def test_changed_weights_are_read(converted, split, change):
     change(dyn, "3.weight")
     torch.testing.assert_close(fast(*x), dyn(*x), rtol=1e-5, atol=1e-6)
     assert not torch.allclose(fast(*x), before)
+
+
+@VARIANT
+def test_frozen_weights_run_by_another_kernel(converted, kind, options, device):
+    """As in compiled segments; on the processor it runs beneath what counts FLOPs."""
+    _, dyn, inputs = converted(kind, **options)
+    decisive(dyn)
+    fast = dc.lower(dyn, "eager")
+
+    def flops(*x):
+        with FlopCounterMode(display=False) as counter, assumed(FREE):
+            torch.testing.assert_close(fast(*x), dyn(*x), rtol=1e-4, atol=1e-5)
+        return counter.get_total_flops()
+
+    batches = [inputs(batch) for batch in (1, 7)]
+    before = [flops(*x) for x in batches]
+    parts = [part for run in fast.segments.values() for part in run.__self__.modules()]
+    for part in parts:
+        if isinstance(part, GatheredNeurons):
+            part.freeze()
+    for x, live in zip(batches, before, strict=True):
+        assert flops(*x) < live if device.type == "cpu" else flops(*x) == live
 
 
 @pytest.mark.slow

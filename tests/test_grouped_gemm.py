@@ -42,10 +42,19 @@ def test_products_of_the_groups_that_a_row_opens(depth, width, count, block, bia
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4)
 
 
-def test_what_lies_the_other_way_round():
+def test_matrices_may_lie_the_other_way_round():
     torch.manual_seed(0)
-    x, matrices = torch.randn(3, 5, 4).transpose(0, 1), torch.randn(6, 2, 3).transpose(0, 1)  # [5, 3, 4], [2, 6, 3]
-    x = x.transpose(1, 2).contiguous().transpose(1, 2)
-    matrices = matrices[:, :4]
+    x, matrices = torch.randn(5, 3, 4), torch.randn(6, 2, 4).permute(1, 2, 0)
     found = GroupedMatrices(matrices).gathered(x, GroupedRows(torch.tensor([[True, False]] * 5)))
     torch.testing.assert_close(found, x @ matrices[0])
+
+
+def test_more_rows_than_stay_in_the_cache(threads):
+    torch.manual_seed(0)
+    x, matrices = torch.randn(500, 2, 3), torch.randn(2, 3, 20)
+    opened = torch.rand(500, 2) < 0.7
+    found = torch.zeros(500, 2, 20)
+    rows = GroupedRows(opened)
+    GroupedMatrices(matrices).scattered(found, GroupedMatrices(torch.eye(3).expand(2, 3, 3)).gathered(x, rows), rows)
+    expected = sum(opened[:, g].view(-1, 1, 1) * (x @ matrices[g]) for g in range(2))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -240,7 +240,13 @@ class LoweredModule(nn.Module):
             self.last_run = {"always": 0}
             return graph.signature.unflatten(_empty(self.plan.graph, self.dynamic, inputs[0].device))
         run = Run(count, self._override, self.buckets)
-        with torch.no_grad() if torch.is_grad_enabled() else _NOTHING:
+        place = inputs[position].device.type
+        # Compiled segments have their dtypes: what runs between them has to have the same.
+        cast = self.snapshot and torch.is_autocast_enabled(place)
+        with (
+            torch.no_grad() if torch.is_grad_enabled() else _NOTHING,
+            torch.autocast(place, enabled=False) if cast else _NOTHING,
+        ):
             values = self._program([self._laid_out(t) for t in inputs], count, None, run)
         self.__dict__["last_run"] = run.rows  # past nn.Module, which would look whether it is a parameter
         return graph.signature.unflatten([values[i] if i >= 0 else constant for i, constant in self._leaves])

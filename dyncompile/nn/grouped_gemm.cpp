@@ -12,6 +12,7 @@ using Lane = at::vec::Vectorized<float>;
 
 constexpr int64_t kPanel = 2 * Lane::size();
 constexpr int64_t kRows = 6;
+constexpr int64_t kTogether = 192;  // rows that meet all panels before the next do: they stay in the cache
 
 // Loops over rows are unrolled, or the sums would go through memory in every step.
 template <int64_t rows>
@@ -103,25 +104,31 @@ extern "C" void grouped_gemm(
   const auto row = [block](const int64_t* blocks, int64_t i) {
     return blocks ? blocks[i / block] * block + i % block : i;
   };
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t p = 0; p < panels; ++p) {  // groups may add to one row, but no two panels do
-    const int64_t column = p * kPanel, columns = std::min(kPanel, width - column);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
     int64_t start = 0;
     for (int64_t g = 0; g < groups; ++g) {
-      const float* panel = matrices + (g * panels + p) * depth * kPanel;
-      const float* own = bias ? bias + g * width + column : nullptr;
       const int64_t stop = stops[g] * block;
-      for (int64_t i = start; i < stop; i += kRows) {
-        const int64_t rows = std::min(kRows, stop - i);
-        const float* sources[kRows];
-        float* targets[kRows];
-        for (int64_t r = 0; r < rows; ++r) {
-          sources[r] = x + row(from, i + r) * depth;
-          targets[r] = y + row(to, i + r) * width + column;
+      for (; start < stop; start = std::min(start + kTogether, stop)) {
+        const int64_t end = std::min(start + kTogether, stop);
+        // Groups may add to one row, but no two panels do, and a panel is always the same thread's: nobody need wait.
+#pragma omp for schedule(static) nowait
+        for (int64_t p = 0; p < panels; ++p) {
+          const int64_t column = p * kPanel, columns = std::min(kPanel, width - column);
+          const float* panel = matrices + (g * panels + p) * depth * kPanel;
+          const float* own = bias ? bias + g * width + column : nullptr;
+          for (int64_t i = start; i < end; i += kRows) {
+            const int64_t rows = std::min(kRows, end - i);
+            const float* sources[kRows];
+            float* targets[kRows];
+            for (int64_t r = 0; r < rows; ++r) {
+              sources[r] = x + row(from, i + r) * depth;
+              targets[r] = y + row(to, i + r) * width + column;
+            }
+            multiply_up_to<kRows>(rows, sources, panel, depth, own, targets, columns);
+          }
         }
-        multiply_up_to<kRows>(rows, sources, panel, depth, own, targets, columns);
       }
-      start = stop;
     }
   }
 }

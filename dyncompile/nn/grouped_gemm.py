@@ -22,6 +22,7 @@ class GroupedRows:
     """
 
     def __init__(self, opened: Tensor) -> None:
+        assert opened.dtype == torch.bool
         opened = opened.contiguous()
         count, groups = opened.shape
         self.stops = torch.empty(groups, dtype=torch.int64)
@@ -40,6 +41,8 @@ class GroupedMatrices:
     """
 
     def __init__(self, matrices: Tensor, bias: Tensor | None = None) -> None:
+        assert matrices.dtype == torch.float32
+        assert bias is None or bias.dtype == torch.float32
         panel = _compiled().panel()
         self.groups, self.depth, self.width = matrices.shape
         padded = F.pad(matrices, (0, -self.width % panel))
@@ -50,7 +53,7 @@ class GroupedMatrices:
         """Products of the rows of each group with its matrix, and its bias.
 
         Args:
-            x: `[R, P, K]`: P positions of each of R rows.
+            x: `[R, P, K]`, contiguous: P positions of each of R rows.
             rows: T in all groups.
 
         Returns:
@@ -58,14 +61,18 @@ class GroupedMatrices:
         """
         make = x.new_zeros if self._bias is None else x.new_empty
         found = make(rows.count, x.shape[1], self.width)
-        self._run(x.contiguous(), rows.listed, found, None, rows.stops)
+        self._run(x, rows.listed, found, None, rows.stops)
         return found
 
     def scattered(self, found: Tensor, x: Tensor, rows: GroupedRows) -> None:
-        """Add the products of `[T, P, K]` to rows of `[R, P, N]`, which is contiguous; arguments as in `gathered`."""
-        self._run(x.contiguous(), None, found, rows.listed, rows.stops)
+        """Add the products of `[T, P, K]` to rows of `[R, P, N]`; both are contiguous, the rest as in `gathered`."""
+        self._run(x, None, found, rows.listed, rows.stops)
 
     def _run(self, x: Tensor, source: Tensor | None, y: Tensor, target: Tensor | None, stops: Tensor) -> None:
+        assert x.is_contiguous()
+        assert y.is_contiguous()
+        assert x.dtype == y.dtype == torch.float32
+        assert (x.shape[-1], y.shape[-1]) == (self.depth, self.width)
         _compiled().grouped_gemm(
             *map(_address, (x, source, self._packed, self._bias, y, target, stops)),
             *(self.groups, x.shape[1], self.depth, self.width, torch.get_num_threads()),

@@ -219,13 +219,12 @@ class GatheredNeurons(nn.Module):
         super().__init__()
         self.dense = dense
         self.frozen = False
-        self._kept: NeuronWeights | None = None
-        self._packed: _Packed | None = None
+        self._kept: NeuronWeights | _Packed | None = None
         self._known: dict[Hashable, KernelCosts] = {}
         self.eval()
 
     def freeze(self) -> None:
-        """From now on the weights are always the same: what is read faster in another layout is copied once."""
+        """From now on the weights are always the same: what has to be sorted or packed is so once."""
         self.frozen = True
 
     def forward(self, static: None, decision: Tensor, x: Tensor, *weights: Tensor) -> Results:  # noqa: ARG002 - as in the dense form
@@ -237,20 +236,20 @@ class GatheredNeurons(nn.Module):
         """`[R, P, E]` of rows `[R, P, D]`."""
         dense = self.dense
         opened = decision.view(-1, dense.groups)
-        whole = self._whole(weights)
+        if self.frozen and self._kept is None:
+            self._kept = self._frozen([weight.detach() for weight in weights])
+        if isinstance(self._kept, _Packed):
+            return self._kept(rows, opened, dense.act)
+        whole = self._kept or dense.arranged(weights)
         if torch.compiler.is_exporting():
             return self._apart(rows, [(g, opened[:, g].nonzero().view(-1)) for g in range(dense.groups)], whole)
-        if self.frozen and _has_kernel(rows, whole):
-            if self._packed is None:
-                self._packed = _Packed(whole, dense.groups)
-            return self._packed(rows, opened, dense.act)
         counts: list[int] = decision.tolist() if len(opened) == 1 else opened.sum(0).tolist()
         used = [g for g, count in enumerate(counts) if count]
         if self._pays(rows, counts, whole):
             picked = opened.t().nonzero()[:, 1].split([counts[g] for g in used])
             return self._apart(rows, list(zip(used, picked, strict=True)), whole)
         if not used:
-            return _constant(rows, whole)
+            return _constant(rows, whole.bias, whole.second.shape[1])
         mask = None
         if sum(counts) < len(used) * len(rows):
             mask = opened[:, used].repeat_interleave(dense.size, 1).unsqueeze(1)
@@ -287,7 +286,7 @@ class GatheredNeurons(nn.Module):
 
     def _apart(self, rows: Tensor, groups: Sequence[tuple[int, Tensor]], whole: NeuronWeights) -> Tensor:
         """Groups, each on its own rows `[r]`."""
-        found, size = _constant(rows, whole), self.dense.size
+        found, size = _constant(rows, whole.bias, whole.second.shape[1]), self.dense.size
         for g, own in groups:
             part = whole.part(g * size, (g + 1) * size)
             hidden = self.dense.neurons(rows.index_select(0, own).flatten(0, 1), [part])
@@ -295,13 +294,10 @@ class GatheredNeurons(nn.Module):
             found = found.index_add_(0, own, made.view(own.shape[0], *found.shape[1:]))
         return found
 
-    def _whole(self, weights: Sequence[Tensor]) -> NeuronWeights:
-        if self._kept is not None:
-            return self._kept
-        if not self.frozen:
-            return self.dense.arranged(weights)
-        self._kept = self.dense.arranged([weight.detach() for weight in weights])
-        return self._kept
+    def _frozen(self, weights: Sequence[Tensor]) -> "NeuronWeights | _Packed":
+        whole = self.dense.arranged(weights)
+        has_kernel = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in weights)
+        return _Packed(whole, self.dense.groups) if has_kernel else whole
 
 
 class _Packed:
@@ -313,7 +309,7 @@ class _Packed:
     """
 
     def __init__(self, whole: NeuronWeights, groups: int) -> None:
-        self.whole = whole
+        self.bias = whole.bias
         self.firsts = [
             GroupedMatrices(
                 weight.unflatten(1, (groups, -1)).transpose(0, 1), None if b is None else b.view(groups, -1)
@@ -324,18 +320,12 @@ class _Packed:
 
     def __call__(self, rows: Tensor, opened: Tensor, act: nn.Module) -> Tensor:
         """Compute `[R, P, D]`, each row on the groups that it opens, `[R, G]`: `[R, P, E]`."""
-        own = GroupedRows(opened)
+        rows, own = rows.contiguous(), GroupedRows(opened)
         made = [first.gathered(rows, own) for first in self.firsts]
         hidden = act(*(values.flatten(0, 1) for values in made)).view(made[0].shape)
-        found = _constant(rows, self.whole)
-        self.second.scattered(found, hidden, own)
+        found = _constant(rows, self.bias, self.second.width)
+        self.second.scattered(found, hidden.contiguous(), own)
         return found
-
-
-def _has_kernel(rows: Tensor, weights: NeuronWeights) -> bool:
-    """Whether there is a kernel for what is multiplied."""
-    plain = rows.device.type == "cpu" and rows.dtype == weights.second.dtype == torch.float32
-    return plain and not torch.is_autocast_enabled("cpu")
 
 
 def _only(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -346,11 +336,11 @@ def _only(hidden: Tensor, mask: Tensor) -> Tensor:
     return (hidden.view(bits) & mask.to(bits).neg()).view(hidden.dtype)
 
 
-def _constant(rows: Tensor, weights: NeuronWeights) -> Tensor:
-    """What a layer of no neurons gives for rows `[R, P, D]`: `[R, P, E]`."""
-    if weights.bias is None:
-        return rows.new_zeros(*rows.shape[:2], weights.second.shape[1])
-    return weights.bias.expand(*rows.shape[:2], -1).clone(memory_format=torch.contiguous_format)
+def _constant(rows: Tensor, bias: Tensor | None, width: int) -> Tensor:
+    """What a layer of no neurons gives for rows `[R, P, D]`: `[R, P, width]`."""
+    if bias is None:
+        return rows.new_zeros(*rows.shape[:2], width)
+    return bias.expand(*rows.shape[:2], -1).clone(memory_format=torch.contiguous_format)
 
 
 def _runs(groups: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -127,7 +127,10 @@ def test_a_layer_runs_over_the_kept_steps_alone(device):
 @pytest.mark.slow
 def test_inductor(device):
     _, dyn = converted(device)
-    fast = dc.lower(dyn)
+    # Compiled segments have their dtypes, whatever is around: when they are made, and when they are called.
+    cast = torch.autocast(device.type, torch.bfloat16)
+    with cast:
+        fast = dc.lower(dyn)
     for count in (1, 7):
         x, lengths = batch_of(count, device)
         with torch.no_grad():
@@ -135,8 +138,7 @@ def test_inductor(device):
         with forced(dyn, {"frames0": 0.4}), forced(fast, {"frames0": 0.4}), torch.no_grad():
             found = fast(x, lengths)
             torch.testing.assert_close(found, dyn(x, lengths), rtol=0, atol=1e-5)
-        # Compiled segments read float32, whatever is around the call.
-        with forced(fast, {"frames0": 0.4}), torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16):
+        with forced(fast, {"frames0": 0.4}), torch.no_grad(), cast:
             torch.testing.assert_close(fast(x, lengths), found, rtol=0, atol=0)
 
 

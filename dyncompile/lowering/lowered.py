@@ -100,11 +100,18 @@ class LoweredModule(nn.Module):
         self._home = dyn.home
         graph = specialise(dyn.graph.fx, self._disabled)
         absorb_activations(graph, dyn)
-        self._layout = self.snapshot and _channels_last(dyn)
-        self._take(make_plan(graph))
-        if self.decline and (losses := unprofitable(self.plan, self._segments, self.examples(16))):
-            self._take(make_plan(graph, dense=losses))
+        # One layout for the whole model: channels last where it convolves images.
+        self._layout = self.snapshot and any(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in dyn.modules())
+        with self._uncast():
+            self._take(make_plan(graph))
+            if self.decline and (losses := unprofitable(self.plan, self._segments, self.examples(16))):
+                self._take(make_plan(graph, dense=losses))
         return self
+
+    def _uncast(self) -> contextlib.AbstractContextManager[object]:
+        """Outside of `torch.autocast`, if compiled: segments have their dtypes, and so has what runs between them."""
+        cast = self.snapshot and torch.is_autocast_enabled(self._home.type)
+        return torch.autocast(self._home.type, enabled=False) if cast else _NOTHING
 
     def _take(self, plan: Plan) -> None:
         self.plan = plan
@@ -240,13 +247,7 @@ class LoweredModule(nn.Module):
             self.last_run = {"always": 0}
             return graph.signature.unflatten(_empty(self.plan.graph, self.dynamic, inputs[0].device))
         run = Run(count, self._override, self.buckets)
-        place = inputs[position].device.type
-        # Compiled segments have their dtypes: what runs between them has to have the same.
-        cast = self.snapshot and torch.is_autocast_enabled(place)
-        with (
-            torch.no_grad() if torch.is_grad_enabled() else _NOTHING,
-            torch.autocast(place, enabled=False) if cast else _NOTHING,
-        ):
+        with torch.no_grad() if torch.is_grad_enabled() else _NOTHING, self._uncast():
             values = self._program([self._laid_out(t) for t in inputs], count, None, run)
         self.__dict__["last_run"] = run.rows  # past nn.Module, which would look whether it is a parameter
         return graph.signature.unflatten([values[i] if i >= 0 else constant for i, constant in self._leaves])
@@ -339,13 +340,12 @@ def lower(
     Args:
         dyn: The dynamic model, in eval mode.
         backend: "inductor" compiles each segment, frozen, with a dynamic batch: a snapshot of the weights; "eager"
-            runs the segments as they are, on the live weights: what the reference computes, up to
-            the rounding by which an operation on fewer rows may differ.
-        decline: Run a conditional densely where its overhead (count, gather, scatter), measured
-            here at a batch of 16, exceeds all that its arms cost; `plan.dense` says which and by
-            how much. Default: for "inductor".
-        buckets: Fill the rows of a part of a batch up to the next of these sizes, so that a program
-            made for one size (a CUDA graph) serves many.
+            runs the segments as they are, on the live weights: what the reference computes, up to the rounding by
+            which an operation on fewer rows may differ.
+        decline: Run a conditional densely where its overhead (count, gather, scatter), measured here at a batch of 16,
+            exceeds all that its arms cost; `plan.dense` says which and by how much. Default: for "inductor".
+        buckets: Fill the rows of a part of a batch up to the next of these sizes, so that a program made for one size
+            (a CUDA graph) serves many.
         options: Options of the backend: `cudagraphs=True` for "inductor" on a GPU, with which the next call
             overwrites the results of the one before: clone what is kept; `settings={...}` of `torch._inductor.config`.
 
@@ -383,11 +383,6 @@ def _check_exits(dyn: DynamicModule) -> None:
             raise ArgumentError(f"exits.{name}.threshold", found=threshold, expected="a number in [0, 1]")
         if not 0 < temperature < math.inf:
             raise ArgumentError(f"exits.{name}.temperature", found=temperature, expected="a number above 0")
-
-
-def _channels_last(dyn: DynamicModule) -> bool:
-    """One layout for the whole model: channels last where it convolves images."""
-    return any(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in dyn.modules())
 
 
 def _empty(graph: fx.Graph, dyn: DynamicModule, device: torch.device) -> list[Any]:

@@ -113,20 +113,21 @@ class _Draw:
         self.kinds = kinds
         self.exits = exits
         self.seed = seed
-        self.drawn: dict[tuple[str, int, torch.device], Tensor] = {}
+        self.drawn: dict[tuple[str, int, torch.dtype, torch.device], Tensor] = {}
 
     def __call__(self, name: str, value: Tensor, index: Tensor | None, total: int) -> Tensor:
-        return self._forced(name, value, index, total) if name in self.shares else value
-
-    def _forced(self, name: str, value: Tensor, index: Tensor | None, total: int) -> Tensor:
         """What a decision is forced to, on the rows and in the dtype of a value."""
-        key = (name, total, value.device)
-        if key not in self.drawn:
-            self.drawn[key] = self._draw(name, total).to(value.device)
-        drawn = self.drawn[key] if index is None else self.drawn[key][index]
-        if value.is_floating_point() and self.kinds[name].arms:
-            drawn = F.one_hot(drawn, self.kinds[name].arms)
-        return drawn.to(value.dtype)
+        if name not in self.shares:
+            return value
+        # Asked in every call that is timed: what is looked up is all that is done.
+        key = (name, total, value.dtype, value.device)
+        drawn = self.drawn.get(key)
+        if drawn is None:
+            drawn = self._draw(name, total).to(value.device)
+            if value.is_floating_point() and self.kinds[name].arms:
+                drawn = F.one_hot(drawn, self.kinds[name].arms)
+            drawn = self.drawn[key] = drawn.to(value.dtype)
+        return drawn if index is None else drawn[index]
 
     def _draw(self, name: str, total: int) -> Tensor:
         """`[total]`: bool, of a route int64."""

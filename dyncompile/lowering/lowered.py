@@ -3,33 +3,27 @@
 import contextlib
 import copy
 import math
-import operator
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from dyncompile.capture.check import same
 from dyncompile.demand import specialise
 from dyncompile.errors import ArgumentError, LoweringError
 from dyncompile.graph import Spec, is_tensor, spec
 from dyncompile.lowering.absorbing import absorb_activations
+from dyncompile.lowering.agreement import compare, decider
 from dyncompile.lowering.compiling import compile_segments
 from dyncompile.lowering.measure import unprofitable
-from dyncompile.lowering.plan import Block, Conditional, Plan, Segment, make_plan
+from dyncompile.lowering.plan import Block, Conditional, Plan, make_plan
 from dyncompile.lowering.program import write_program
-from dyncompile.lowering.runtime import Override, Run, Segments, is_compiled
+from dyncompile.lowering.runtime import Override, Run, Segments
 from dyncompile.lowering.segments import live, segment_module
 from dyncompile.module import DynamicModule, disabled_decisions
-from dyncompile.nn import Exit, Gate
 from dyncompile.values import sizes
 
 _NOTHING = contextlib.nullcontext()
-
-_CLEAR = 0.05
-"""Distance of a confidence or a logit from where a decision turns, beyond which no rounding turns it."""
 
 BACKENDS = ("inductor", "eager")
 _OPTIONS: dict[str, set[str]] = {"inductor": {"cudagraphs", "settings"}, "eager": set()}
@@ -121,65 +115,12 @@ class LoweredModule(nn.Module):
             self._segments: Segments = {s: live(module, self.dynamic).forward for s, module in modules.items()}
         else:
             self._segments = compile_segments(modules, self.examples(), self.options)
-        self._program, self.source = write_program(plan, self._segments, *self._checked())
+        fresh, lent = compare(plan, self._segments, self.dynamic, self.examples)
+        self._program, self.source = write_program(plan, self._segments, fresh, lent)
         # For each leaf of the output its position among the values of the program, or -1 and what it always is.
         place = {node: i for i, node in enumerate(plan.root.outputs)}
         leaves: Any = plan.graph.output_node().args[0]
         self._leaves = [(place[v], None) if isinstance(v, fx.Node) else (-1, v) for v in leaves]
-
-    def _checked(self) -> tuple[set[fx.Node], dict[Segment, set[fx.Node]]]:
-        """Run every segment at two batch sizes and compare it with the dense reference.
-
-        Returns:
-            Outputs of segments that share memory neither with an input nor with another output, nor within; and for
-            each segment the inputs that an output shares memory with.
-
-        Raises:
-            LoweringError: A compiled segment computes something else.
-        """
-        fresh = {n for segment in self.plan.segments() for n in segment.outputs}
-        lent: dict[Segment, set[fx.Node]] = {segment: set() for segment in self.plan.segments()}
-        for batch in (1, 4):
-            values = self.examples(batch)
-            for segment in self.plan.segments():
-                call = self._segments[segment]
-                given = [values[n] for n in segment.inputs]
-                if is_compiled(call):
-                    given = [t.contiguous(memory_format=f) for t, f in zip(given, call.formats, strict=True)]
-                with torch.no_grad():
-                    results = call(*given)
-                pointers = [t.untyped_storage().data_ptr() for t in results]
-                held = Counter(pointers) + Counter(t.untyped_storage().data_ptr() for t in given)
-                # In eager mode it hangs on an input's layout whether an operation copies.
-                fixed = is_compiled(call)
-                lent[segment].update(
-                    n
-                    for n, t in zip(segment.inputs, given, strict=True)
-                    if not fixed or t.untyped_storage().data_ptr() in pointers
-                )
-                for node, value in zip(segment.outputs, results, strict=True):
-                    if not self._agree(node, value, values):
-                        why = f"`{node.name}`, compiled, differs from eager mode at batch size {batch}"
-                        raise LoweringError(f"{why}: lower(dyn, backend='eager') does not compile")
-                    # An expanded value has several entries in one place.
-                    if not fixed or held[value.untyped_storage().data_ptr()] > 1 or 0 in value.stride():
-                        fresh.discard(node)
-        return fresh, lent
-
-    def _agree(self, node: fx.Node, value: Tensor, values: dict[fx.Node, Any]) -> bool:
-        """Whether a value is what eager mode gives, but for rounding.
-
-        Of what an exit or a gate decides, only decisions that are far from turning are compared; what is made of a
-        decision (one column of a policy's) is not.
-        """
-        expected = values[node]
-        if value.is_floating_point():
-            return same(value, expected, slack=10.0)
-        deciding = _decider(node)
-        if deciding is None or not isinstance(module := self.dynamic.graph.module_of(deciding), Exit | Gate):
-            return True
-        clear = module.clear(values[deciding], _CLEAR)
-        return clear is None or torch.equal(value[clear], expected[clear])
 
     def examples(self, batch: int = 4) -> dict[fx.Node, Any]:
         """A value for every value that crosses a border of the plan, in the layout that it has.
@@ -193,7 +134,7 @@ class LoweredModule(nn.Module):
         wanted = {n for block in self.plan.blocks() for n in (*block.inputs, *block.outputs)}
         wanted.update(n for s in self.plan.segments() for n in (*s.inputs, *s.outputs))
         wanted.update(n for unit in self.plan.demand.units for n in (unit.decision, *unit.selects))
-        wanted.update([module for n in wanted if (module := _decider(n))])
+        wanted.update([module for n in wanted if (module := decider(n))])
         values: dict[fx.Node, Any] = {}
 
         class Recorder(fx.Interpreter):
@@ -367,12 +308,6 @@ def lower(
         raise ArgumentError("options", found=unknown, expected=f"of {backend!r}: {sorted(_OPTIONS[backend])}")
     decline = backend == "inductor" if decline is None else decline
     return LoweredModule(dyn, backend=backend, decline=decline, buckets=buckets, options=options)
-
-
-def _decider(node: fx.Node) -> fx.Node | None:
-    """The module that a node is the decision of."""
-    decides = node.meta.get("tap", ("",))[0] == "decision" and node.target is operator.getitem
-    return node.all_input_nodes[0] if decides else None
 
 
 def _check_exits(dyn: DynamicModule) -> None:

@@ -47,10 +47,9 @@ def compare(
         values = examples(batch)
         for segment in plan.segments():
             call = segments[segment]
-            # In eager mode it hangs on an input's layout whether an operation copies.
-            fixed = is_compiled(call)
             given = [values[n] for n in segment.inputs]
-            if is_compiled(call):
+            # In eager mode it hangs on an input's layout whether an operation copies.
+            if fixed := is_compiled(call):
                 given = [t.contiguous(memory_format=f) for t, f in zip(given, call.formats, strict=True)]
             with torch.no_grad():
                 results = call(*given)

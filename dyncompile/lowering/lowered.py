@@ -20,6 +20,7 @@ from dyncompile.lowering.plan import Block, Conditional, Plan, make_plan
 from dyncompile.lowering.program import write_program
 from dyncompile.lowering.runtime import Override, Run, Segments
 from dyncompile.lowering.segments import live, segment_module
+from dyncompile.lowering.source import python_program
 from dyncompile.module import DynamicModule, disabled_decisions
 from dyncompile.values import sizes
 
@@ -116,7 +117,7 @@ class LoweredModule(nn.Module):
         else:
             self._segments = compile_segments(modules, self.examples(), self.options)
         fresh, lent = compare(plan, self._segments, self.dynamic, self.examples)
-        self._program, self.source = write_program(plan, self._segments, fresh, lent)
+        self._program, self.source = python_program(write_program(plan, self._segments, fresh, lent))
         # For each leaf of the output its position among the values of the program, or -1 and what it always is.
         place = {node: i for i, node in enumerate(plan.root.outputs)}
         leaves: Any = plan.graph.output_node().args[0]

@@ -37,6 +37,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from dyncompile.errors import ArgumentError, LoweringError
 from dyncompile.lowering.entry import Entry, memory_format
+from dyncompile.lowering.native import entry_point
 from dyncompile.lowering.overwriting import overwrite_inputs
 from dyncompile.lowering.paging import into_large_pages
 from dyncompile.lowering.sharing import Folding, Tape, loaded, structure
@@ -240,8 +241,25 @@ class CompiledSegment:
         those that `overwrites` says. Its outputs are laid out as `output_formats` says. `serving` holds the programs
         that were asked for before.
         """
-        if batch in self.serving:
-            return self.serving[batch]
+        if batch not in self.serving:
+            self.serving[batch] = self._program(batch).at(batch)
+        return self.serving[batch]
+
+    @property
+    def native(self) -> Callable[[int], tuple[int, Tensor, list[Tensor]]] | None:
+        """For a batch size where its program starts, its first argument and its last ones; None if it is not C++."""
+        return self._native if self._native_parts(self._programs[0]) else None
+
+    def _native(self, batch: int) -> tuple[int, Tensor, list[Tensor]]:
+        parts = self._native_parts(self._program(batch))
+        assert parts is not None
+        return parts[0], torch.tensor(batch), parts[1]
+
+    def _native_parts(self, program: _Program) -> tuple[int, list[Tensor]] | None:
+        return entry_point(program.run, 1 + len(self._inputs)) if program.wrapped else None
+
+    def _program(self, batch: int) -> _Program:
+        """The program for a batch size, compiled if there is none yet."""
         program = next((p for p in self._programs if p.serves(batch)), None)
         if program is None:
             program = self._compile(max(batch, 2))
@@ -251,8 +269,7 @@ class CompiledSegment:
             if not program.guards and program.only is None:
                 self._segment = self._weights = self._like = None  # no other program will be needed
             program = next((p for p in self._programs if p.serves(batch)), program)
-        self.serving[batch] = program.at(batch)
-        return self.serving[batch]
+        return program
 
     def _for_others(self, batch: int) -> _Program:
         """A program for other batch sizes than one at which sizes that inductor compares are equal by chance.

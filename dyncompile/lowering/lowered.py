@@ -16,6 +16,7 @@ from dyncompile.lowering.absorbing import absorb_activations
 from dyncompile.lowering.agreement import compare, decider
 from dyncompile.lowering.compiling import compile_segments
 from dyncompile.lowering.measure import unprofitable
+from dyncompile.lowering.native import native_program
 from dyncompile.lowering.plan import Block, Conditional, Plan, make_plan
 from dyncompile.lowering.program import write_program
 from dyncompile.lowering.runtime import Override, Run, Segments
@@ -41,7 +42,6 @@ class LoweredModule(nn.Module):
         snapshot: Whether later changes of the dynamic model's weights and thresholds go unseen until `relower()`.
         last_run: Rows that ran in the last call, by region; of several threads' calls, in the one that ended last.
             Results do not mix: each call has its own.
-        source: The Python code that runs between the segments.
     """
 
     def __init__(
@@ -70,6 +70,11 @@ class LoweredModule(nn.Module):
     def segments(self) -> Segments:
         """What the segments of the plan call."""
         return self._segments
+
+    @property
+    def source(self) -> str:
+        """What runs between the segments, as Python code; on a processor C++ carries it out instead."""
+        return python_program(self._code)[1]
 
     @property
     def dynamic(self) -> DynamicModule:
@@ -117,7 +122,9 @@ class LoweredModule(nn.Module):
         else:
             self._segments = compile_segments(modules, self.examples(), self.options)
         fresh, lent = compare(plan, self._segments, self.dynamic, self.examples)
-        self._program, self.source = python_program(write_program(plan, self._segments, fresh, lent))
+        self._code = write_program(plan, self._segments, fresh, lent)
+        native = self.snapshot and self._home.type == "cpu" and not self.buckets
+        self._program = native_program(self._code) if native else python_program(self._code)[0]
         # For each leaf of the output its position among the values of the program, or -1 and what it always is.
         place = {node: i for i, node in enumerate(plan.root.outputs)}
         leaves: Any = plan.graph.output_node().args[0]

@@ -8,12 +8,13 @@ Run `python -m benchmarks growth`, or `python -m benchmarks.growth --help`.
   do the clock. Lowering is with `backend="eager"`: nothing is compiled.
 - Overhead: the time of a call of the lowered model at batch 1, less that of the same layers, heads and gates called one
   after the other by a function without any decision, over the number of decisions. With `--compiled` also of compiled
-  segments, less that of the same compiled segments called one after the other.
+  segments, less that of the same compiled segments run one after the other by a program without any decision.
 - Exponent: of the power law through the last two sizes; 1 is linear.
 """
 
 import argparse
 import gc
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +31,8 @@ from benchmarks.harness import Report, Table, Target, take_turns
 from dyncompile.demand import decision_name
 from dyncompile.graph import program
 from dyncompile.lowering import LoweredModule
+from dyncompile.lowering.instructions import Argument, Call, Code, Program
+from dyncompile.lowering.runtime import Run
 from dyncompile.ops import arms_of, decision_of, is_select
 
 DEPTHS = (10, 30, 100, 300, 1000)
@@ -215,6 +218,21 @@ def _timed(
     return min(times["call"].seconds), min(times["alone"].seconds)
 
 
+def _straight(
+    fast: LoweredModule, segments: Sequence[tuple[Callable[..., object], list[Tensor], int]]
+) -> tuple[Program, list[Tensor]]:
+    """What runs segments one after the other, each on values of its own, with nothing to decide; and those values."""
+    given = [value for _, values, _ in segments for value in values]
+    places = itertools.count()
+    read = [tuple(Argument(register=next(places)) for _ in values) for _, values, _ in segments]
+    steps = [
+        Call(segment=call, arguments=arguments, dead=(), results=tuple(next(places) for _ in range(outputs)))
+        for (call, _, outputs), arguments in zip(segments, read, strict=True)
+    ]
+    code = Code(name="alone", inputs=len(given), registers=next(places), steps=tuple(steps), outputs=())
+    return fast.carry_out(code), given
+
+
 @torch.no_grad()
 def _compiled(depth: int, *, rounds: int, device: str) -> list[float]:
     """Conditionals; microseconds of a call, of its segments alone, and of the difference for each conditional."""
@@ -222,12 +240,11 @@ def _compiled(depth: int, *, rounds: int, device: str) -> list[float]:
     pass_all(dyn)
     fast = dc.lower(dyn, decline=False)
     values = fast.examples(1)
-    steps = [(fast.segments[s], [values[n] for n in s.inputs]) for s in fast.plan.segments()]
-    programs = [(call.serve(1), given) for call, given in steps]
+    segments = [(fast.segments[s], [values[n] for n in s.inputs], len(s.outputs)) for s in fast.plan.segments()]
+    program, given = _straight(fast, segments)
 
     def alone() -> None:
-        for run, given in programs:
-            run([1, *given])
+        program(list(given), 1, None, Run(1))
 
     call, bare = _timed(fast, alone, torch.randn(1, WIDTH, device=device), rounds=rounds, device=device)
     count = len(fast.plan.demand.units)

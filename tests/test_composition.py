@@ -4,13 +4,15 @@ import itertools
 
 import pytest
 import torch
+from carrying_out import same_in_both
 from test_passes import MODELS, REFUSED
 
 import dyncompile as dc
 from dyncompile.checking.contracts import exact_at_birth, lowered_equals_reference, lowered_runs, skips_as_planned
-from dyncompile.checking.deciding import settle, switch_on
+from dyncompile.checking.deciding import drawn, samples, settle, switch_on
 from dyncompile.errors import PassError
 from dyncompile.passes import available
+from dyncompile.testing import forced
 
 FITTING = {kind: [s for s in available() if (s, kind) not in REFUSED] for kind in MODELS}
 PAIRS = [(kind, pair) for kind, fitting in FITTING.items() for pair in itertools.permutations(fitting, 2)]
@@ -59,3 +61,7 @@ def test_a_chain_composes_or_says_why_not(kind, order, device):
     runs = list(lowered_runs(dyn, fast, (7,), slack=0.05))
     assert not lowered_equals_reference(runs)
     assert not skips_as_planned(fast, runs)
+    args, kwargs = samples(dyn, 7, of=7)
+    for choice in ({}, drawn(dyn, 7)):
+        with forced(fast, choice):
+            same_in_both(fast, *args, **kwargs)

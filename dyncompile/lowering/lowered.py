@@ -15,6 +15,7 @@ from dyncompile.graph import Spec, is_tensor, spec
 from dyncompile.lowering.absorbing import absorb_activations
 from dyncompile.lowering.agreement import compare, decider
 from dyncompile.lowering.compiling import compile_segments
+from dyncompile.lowering.instructions import Code, Program
 from dyncompile.lowering.measure import unprofitable
 from dyncompile.lowering.native import native_program
 from dyncompile.lowering.plan import Block, Conditional, Plan, make_plan
@@ -123,12 +124,16 @@ class LoweredModule(nn.Module):
             self._segments = compile_segments(modules, self.examples(), self.options)
         fresh, lent = compare(plan, self._segments, self.dynamic, self.examples)
         self._code = write_program(plan, self._segments, fresh, lent)
-        native = self.snapshot and self._home.type == "cpu" and not self.buckets
-        self._program = native_program(self._code) if native else python_program(self._code)[0]
+        self._program = self.carry_out(self._code)
         # For each leaf of the output its position among the values of the program, or -1 and what it always is.
         place = {node: i for i, node in enumerate(plan.root.outputs)}
         leaves: Any = plan.graph.output_node().args[0]
         self._leaves = [(place[v], None) if isinstance(v, fx.Node) else (-1, v) for v in leaves]
+
+    def carry_out(self, code: Code) -> Program:
+        """What runs instructions: C++ where the segments are that too, else Python."""
+        native = self.snapshot and self._home.type == "cpu" and not self.buckets
+        return native_program(code) if native else python_program(code)[0]
 
     def examples(self, batch: int = 4) -> dict[fx.Node, Any]:
         """A value for every value that crosses a border of the plan, in the layout that it has.

@@ -108,6 +108,8 @@ def _kinds(dyn: DynamicModule) -> dict[str, _Kind]:
 class _Draw:
     """Decisions for the whole batch, made when the first of a batch is asked for."""
 
+    fixed = True
+
     def __init__(self, shares: Mapping[str, Share], kinds: Mapping[str, _Kind], exits: list[str], seed: int) -> None:
         self.shares = shares
         self.kinds = kinds

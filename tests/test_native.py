@@ -1,5 +1,6 @@
 """What carries out a lowered program on the processor: as the Python program does, and without Python in between."""
 
+import dataclasses
 import sys
 import threading
 
@@ -9,6 +10,8 @@ from carrying_out import same_in_both
 from torch import nn
 
 import dyncompile as dc
+from dyncompile.lowering import native
+from dyncompile.lowering.inductor import SegmentInput, compile_segment
 from dyncompile.lowering.instructions import Argument, Arm, Call, Code, Drop, Gather, Merge, Part, Split
 from dyncompile.lowering.native import native_program
 from dyncompile.lowering.runtime import Run
@@ -31,17 +34,12 @@ def choosing(arms, *, dim=0, entries=1, base=None, finer=1, copied=True):
     """Code that chooses, of a value (0) and a decision (1), between functions of its rows; None leaves them as is."""
     made = []
     for index, function in enumerate(arms):
-        computes = function is not None
-        made.append(
-            Arm(
-                code=block(function, name=f"arm {index}") if computes else None,
-                wanted=computes or base is None,
-                moved=() if computes else ((2, 0),),
-                given=((0, False),) if computes else (),
-                results=((2, 0),) if computes else (),
-                gathered=(Gather(register=0, dim=dim, entries=entries),) if computes else (),
-            )
-        )
+        if function is None:
+            made.append(Arm(wanted=base is None, moved=((2, 0),)))
+        else:
+            rows = (Gather(register=0, dim=dim, entries=entries),)
+            code = block(function, name=f"arm {index}")
+            made.append(Arm(code=code, given=((0, False),), results=((2, 0),), gathered=rows))
     parts = []
     for index, function in enumerate(arms):
         if function is not None:
@@ -173,6 +171,87 @@ def test_nothing_is_kept_alive():
         program([value], 2, None, Run(2))
         assert sys.getrefcount(value) == before
     assert counts[1] <= counts[0]
+
+
+def test_of_a_value_that_a_segment_returns_twice_both_live():
+    class Twice(nn.Module):
+        def forward(self, x):
+            return torch.relu(x), x + 1, torch.relu(x)
+
+    x = torch.randn(4, 8)
+    segment = compile_segment(torch.fx.symbolic_trace(Twice()), [x], [SegmentInput()])
+    given = (Argument(register=0),)
+    twice = Call(segment=segment, arguments=given, dead=(0,), results=(1, 2, 3))
+    code = Code(name="always", inputs=1, registers=4, steps=(twice,), outputs=(1, 2, 3))
+    program = native_program(code)
+    for _ in range(20):
+        first, more, second = program([x], 4, None, Run(4))
+        assert torch.equal(first, x.relu())
+        assert torch.equal(second, x.relu())
+        assert torch.equal(more, x + 1)
+
+
+def test_what_an_operator_of_pythons_raises_comes_through():
+    @torch.library.custom_op("dyncompile_tests::small", mutates_args=())
+    def small(x: torch.Tensor) -> torch.Tensor:
+        if bool((x > 1).any()):
+            raise ValueError("too large")
+        return x.clone()
+
+    small.register_fake(torch.empty_like)
+
+    class Checked(nn.Module):
+        def forward(self, x):
+            return (torch.ops.dyncompile_tests.small(x * 2) + 1,)
+
+    segment = compile_segment(torch.fx.symbolic_trace(Checked()), [torch.zeros(4, 8)], [SegmentInput()])
+    step = Call(segment=segment, arguments=(Argument(register=0),), dead=(0,), results=(1,))
+    program = native_program(Code(name="always", inputs=1, registers=2, steps=(step,), outputs=(1,)))
+    for _ in range(3):
+        assert torch.equal(program([torch.zeros(4, 8)], 4, None, Run(4))[0], torch.ones(4, 8))
+        with pytest.raises((ValueError, RuntimeError), match="too large|dyncompile_tests::small"):
+            program([torch.ones(4, 8)], 4, None, Run(4))
+
+
+@pytest.mark.parametrize("finer", [1, 3])
+def test_what_replaces_decisions_is_asked_about_the_rows_at_hand(finer):
+    inner = choosing([None, torch.exp], base=0)
+    outer = choosing([None, torch.neg], base=0, finer=finer)
+    nested = Arm(
+        code=inner,
+        given=((0, False), (1, False)),
+        results=((2, 0),),
+        gathered=(Gather(register=0, dim=0, entries=1), Gather(register=1, dim=0, entries=1)),
+    )
+    split = outer.steps[0]
+    code = dataclasses.replace(outer, steps=(dataclasses.replace(split, arms=(split.arms[0], nested)),))
+    decision = torch.arange(4 * finer) % 2 == 0
+    asked = []
+    for program in (python_program(code)[0], native_program(code)):
+        notes = []
+        for _ in range(2):
+
+            def override(name, value, index, total, notes=notes):
+                notes.append((name, value.tolist(), None if index is None else index.tolist(), total))
+                return value if index is None else ~value
+
+            program([torch.randn(4 * finer, 2), decision], 4, None, Run(4, override))
+        asked.append(notes)
+    assert asked[0] == asked[1]
+    assert any(index is not None for _, _, index, _ in asked[0])
+
+
+def test_without_an_interpreter_python_runs_it(lowered, monkeypatch):
+    _, fast = lowered
+    native._interpreter.cache_clear()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "_SOURCES", ("native.cpp",))
+            with pytest.warns(UserWarning, match="interpreter cannot be built"):
+                assert native_program(fast._code) is None
+            assert type(fast.carry_out(fast._code)).__name__ == "function"
+    finally:
+        native._interpreter.cache_clear()
 
 
 class Net(nn.Module):

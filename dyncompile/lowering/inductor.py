@@ -117,7 +117,7 @@ def compile_module(
     return CompiledSegment(module, example_inputs, inputs, cudagraphs=cudagraphs)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class _Program:
     """What inductor made, and the assumptions under which it is right.
 
@@ -201,6 +201,7 @@ class CompiledSegment:
         self._weights = found[1] if found else None
         self._like = like
         self._programs: list[_Program] = []
+        self._entries: dict[_Program, tuple[int, list[Tensor]] | None] = {}
         self.serving: dict[int, Callable[[list[Any]], Sequence[Tensor]]] = {}
         self.warmup([max(batch, 2)])
 
@@ -248,15 +249,17 @@ class CompiledSegment:
     @property
     def native(self) -> Callable[[int], tuple[int, Tensor, list[Tensor]]] | None:
         """For a batch size where its program starts, its first argument and its last ones; None if it is not C++."""
-        return self._native if self._native_parts(self._programs[0]) else None
+        return None if self._entry(self._programs[0]) is None else self._native
 
     def _native(self, batch: int) -> tuple[int, Tensor, list[Tensor]]:
-        parts = self._native_parts(self._program(batch))
-        assert parts is not None
-        return parts[0], torch.tensor(batch), parts[1]
+        found = self._entry(self._program(batch))
+        assert found is not None
+        return found[0], torch.tensor(batch), found[1]
 
-    def _native_parts(self, program: _Program) -> tuple[int, list[Tensor]] | None:
-        return entry_point(program.run, 1 + len(self._inputs)) if program.wrapped else None
+    def _entry(self, program: _Program) -> tuple[int, list[Tensor]] | None:
+        if program not in self._entries:
+            self._entries[program] = entry_point(program.run, 1 + len(self._inputs)) if program.wrapped else None
+        return self._entries[program]
 
     def _program(self, batch: int) -> _Program:
         """The program for a batch size, compiled if there is none yet."""

@@ -137,12 +137,12 @@ class Arm:
         gathered: The block's inputs where arms differ.
     """
 
-    code: "Code | None"
-    wanted: bool
-    moved: tuple[tuple[int, int], ...]
-    given: tuple[tuple[int, bool], ...]
-    results: tuple[tuple[int, int], ...]
-    gathered: tuple[Gather, ...]
+    code: "Code | None" = None
+    wanted: bool = True
+    moved: tuple[tuple[int, int], ...] = ()
+    given: tuple[tuple[int, bool], ...] = ()
+    results: tuple[tuple[int, int], ...] = ()
+    gathered: tuple[Gather, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from dyncompile.lowering.measure import unprofitable
 from dyncompile.lowering.native import native_program
 from dyncompile.lowering.plan import Block, Conditional, Plan, make_plan
 from dyncompile.lowering.program import write_program
-from dyncompile.lowering.runtime import Override, Run, Segments
+from dyncompile.lowering.runtime import Override, Run, Segments, is_compiled
 from dyncompile.lowering.segments import live, segment_module
 from dyncompile.lowering.source import python_program
 from dyncompile.module import DynamicModule, disabled_decisions
@@ -105,8 +105,10 @@ class LoweredModule(nn.Module):
         self._layout = self.snapshot and any(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in dyn.modules())
         with self._uncast():
             self._take(make_plan(graph))
-            if self.decline and (losses := unprofitable(self.plan, self._segments, self.examples(16))):
-                self._take(make_plan(graph, dense=losses))
+            if self.decline:
+                losses = unprofitable(self.plan, self._segments, self.examples(16), self.carry_out)
+                if losses:
+                    self._take(make_plan(graph, dense=losses))
         return self
 
     def _uncast(self) -> contextlib.AbstractContextManager[object]:
@@ -132,8 +134,10 @@ class LoweredModule(nn.Module):
 
     def carry_out(self, code: Code) -> Program:
         """What runs instructions: C++ where the segments are that too, else Python."""
-        native = self.snapshot and self._home.type == "cpu" and not self.buckets
-        return native_program(code) if native else python_program(code)[0]
+        compiled = [segment for segment in self._segments.values() if is_compiled(segment)]
+        if compiled and not self.buckets and all(segment.native for segment in compiled):
+            return native_program(code) or python_program(code)[0]
+        return python_program(code)[0]
 
     def examples(self, batch: int = 4) -> dict[fx.Node, Any]:
         """A value for every value that crosses a border of the plan, in the layout that it has.

@@ -1,5 +1,6 @@
 """Seconds, measured: of segments and conditionals, to decline what cannot pay and to cost regions by the clock."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -8,8 +9,9 @@ from torch import Tensor, fx
 
 from dyncompile.graph import spec
 from dyncompile.kernel_costs import seconds
+from dyncompile.lowering.instructions import Arm, Code, Gather, Merge, Part, Program, Split
 from dyncompile.lowering.plan import Block, Conditional, Plan, Segment
-from dyncompile.lowering.runtime import Segments, gather, merge
+from dyncompile.lowering.runtime import Run, Segments
 
 if TYPE_CHECKING:
     from dyncompile.module import DynamicModule
@@ -19,13 +21,16 @@ _BATCH = 16
 Values = dict[fx.Node, Tensor]
 
 
-def unprofitable(plan: Plan, segments: Segments, values: Values) -> dict[str, str]:
+def unprofitable(
+    plan: Plan, segments: Segments, values: Values, carry_out: Callable[[Code], Program]
+) -> dict[str, str]:
     """Conditionals whose own cost exceeds everything that their arms cost, with the reason.
 
     Args:
         plan: What runs.
         segments: Its segments, compiled.
         values: A value for every border.
+        carry_out: Makes of instructions what runs them.
     """
     losses: dict[str, str] = {}
     cost: dict[Segment, float] = {}
@@ -38,7 +43,7 @@ def unprofitable(plan: Plan, segments: Segments, values: Values) -> dict[str, st
                 if not isinstance(step, Conditional) or step.unit.name in losses:
                     continue
                 gain = sum(_block_seconds(arm, cost) for arm in step.arms if arm is not None)
-                loss = _overhead(step, values)
+                loss = _overhead(step, values, carry_out)
                 if loss > gain:
                     losses[step.unit.name] = (
                         f"splitting a batch costs {1e6 * loss:.0f} us and saves at most {1e6 * gain:.0f} us"
@@ -56,23 +61,44 @@ def _block_seconds(block: Block, cost: dict[Segment, float]) -> float:
     return total
 
 
-def _overhead(step: Conditional, values: Values) -> float:
+def _overhead(step: Conditional, values: Values, carry_out: Callable[[Code], Program]) -> float:
     """Seconds to split half of a batch off and to put it back."""
     rows = step.unit.rows
-    decision = values[step.unit.decision]
-    decision = torch.arange(decision.shape[0], device=decision.device) % 2 == 0
-    inputs = [(values[n], spec(n)) for arm in step.arms if arm for n in arm.inputs]
-    outputs = [(values[s], spec(s)) for s in step.selects]
+    places: dict[fx.Node, int] = {}
 
-    def split() -> None:
-        index = decision.nonzero().view(-1)
-        for value, found in inputs:
-            gather(value, index, found.batch_dim, found.rows // rows)
-        for value, found in outputs:
-            part = gather(value, index, found.batch_dim, found.rows // rows)
-            merge(value.clone(), [(index, part)], found.batch_dim or 0, found.rows // rows, decision.shape[0])
+    def gather(node: fx.Node) -> Gather:
+        register = places.setdefault(node, len(places))
+        return Gather(register=register, dim=spec(node).batch_dim, entries=spec(node).rows // rows)
 
-    return seconds(split, decision.device)
+    taken = tuple(gather(n) for arm in step.arms if arm for n in arm.inputs)
+    returned = [gather(select) for select in step.selects]
+    decision, target = len(places), len(places) + 1
+    nothing = Code(name="taken", inputs=len(taken), registers=len(taken), steps=(), outputs=())
+    split = Split(
+        decision=decision,
+        name=step.unit.name,
+        rows=1,
+        finer=1,
+        arms=(Arm(wanted=False), Arm(code=nothing, gathered=taken)),
+        dead=(),
+        ungathered=(),
+        merged=tuple(
+            Merge(
+                target=target,
+                base=given.register,
+                copied=True,
+                parts=(Part(arm=1, result=None, rows=given),),
+                dim=given.dim or 0,
+                entries=given.entries,
+            )
+            for given in returned
+        ),
+    )
+    program = carry_out(Code(name="all", inputs=target, registers=target + 1, steps=(split,), outputs=()))
+    made = values[step.unit.decision]
+    half = torch.arange(made.shape[0], device=made.device) % 2 == 0
+    given = [*(values[node] for node in places), half]
+    return seconds(lambda: program(list(given), len(half), None, Run(len(half))), made.device)
 
 
 def measure(dyn: "DynamicModule", *, batch: int = _BATCH, backend: str = "inductor") -> None:

@@ -3,24 +3,14 @@
 // A segment's program is the C++ that inductor generated for it, called at its address. Values lie in registers and
 // are dropped when the instructions say so. What Python is asked for: a program for a batch size that was not seen
 // before, a segment that is no C++, and decisions that are forced.
+//
+// Compiled behind rows.cpp, as one file.
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/arange.h>
-#include <ATen/ops/empty.h>
-#include <pybind11/pybind11.h>
-
-#include <cstring>
+#include <algorithm>
 #include <memory>
-#include <optional>
 #include <string>
 #include <unordered_map>
 #include <utility>
-#include <vector>
-
-namespace py = pybind11;
-using at::MemoryFormat;
-using at::Tensor;
-using Tensors = std::vector<Tensor>;
 
 namespace {
 
@@ -87,118 +77,11 @@ std::optional<MemoryFormat> format_of(py::handle layout) {
   return MemoryFormat::Contiguous;
 }
 
-// --- rows ---------------------------------------------------------------------------------------
-
-// Rows as finer ones, of which each holds several.
-Tensor within(const Tensor& index, int64_t entries) {
-  if (!index.defined() || entries == 1) {
-    return index;
-  }
-  return index.unsqueeze(1).mul(entries).add(at::arange(entries, index.options())).view(-1);
-}
-
-// The memory format in which rows along dim 0 lie one after the other, each in one piece; none if they do not.
-std::optional<MemoryFormat> rows_in(const Tensor& tensor, int64_t dim) {
-  if (dim != 0 || tensor.is_conj() || tensor.is_neg()) {
-    return std::nullopt;
-  }
-  if (tensor.is_contiguous()) {
-    return MemoryFormat::Contiguous;
-  }
-  if (tensor.dim() == 4 && tensor.is_contiguous(MemoryFormat::ChannelsLast)) {
-    return MemoryFormat::ChannelsLast;
-  }
-  return std::nullopt;
-}
-
-Tensor empty_rows(const Tensor& like, int64_t dim, int64_t count, MemoryFormat format) {
-  c10::SmallVector<int64_t, 6> shape(like.sizes().begin(), like.sizes().end());
-  shape[dim] = count;
-  return at::empty(shape, like.options(), format);
-}
-
-// Copy rows: `to[target[i]] = from[source[i]]`, where no index means i itself.
-void copy_rows(Tensor& to, const int64_t* target, const Tensor& from, const int64_t* source, int64_t count,
-               int64_t entries) {
-  const int64_t size = from.size(0) ? from.numel() / from.size(0) * entries * from.element_size() : 0;
-  auto* written = static_cast<char*>(to.mutable_data_ptr());
-  const auto* read = static_cast<const char*>(from.const_data_ptr());
-  for (int64_t i = 0; i < count; ++i) {
-    std::memcpy(written + (target ? target[i] : i) * size, read + (source ? source[i] : i) * size, size);
-  }
-}
-
-Tensor gather(const Tensor& tensor, const Tensor& index, int64_t dim, int64_t entries) {
-  if (dim < 0) {
-    return tensor;
-  }
-  const int64_t count = index.size(0);
-  const auto format = rows_in(tensor, dim);
-  if (format && (entries == 1 || *format == MemoryFormat::Contiguous)) {
-    Tensor found = empty_rows(tensor, dim, count * entries, *format);
-    copy_rows(found, nullptr, tensor, index.const_data_ptr<int64_t>(), count, entries);
-    return found;
-  }
-  if (entries != 1) {
-    return tensor.unflatten(dim, {-1, entries}).index_select(dim, index).flatten(dim, dim + 1);
-  }
-  if (dim == 0 && tensor.dim() == 4) {
-    return tensor.permute({0, 2, 3, 1}).index_select(0, index).permute({0, 3, 1, 2});
-  }
-  return tensor.index_select(dim, index);
-}
-
-void scatter(Tensor& base, const Tensor& index, const Tensor& rows, int64_t dim, int64_t entries) {
-  const auto format = rows_in(base, dim);
-  if (format && format == rows_in(rows, dim) && base.dtype() == rows.dtype() &&
-      (entries == 1 || *format == MemoryFormat::Contiguous)) {
-    copy_rows(base, index.const_data_ptr<int64_t>(), rows, nullptr, index.size(0), entries);
-  } else if (entries != 1) {
-    base.unflatten(dim, {-1, entries}).index_copy_(dim, index, rows.unflatten(dim, {-1, entries}));
-  } else {
-    base.index_copy_(dim, index, rows);
-  }
-}
-
-// How rows split over arms: the arm that all take, or -1 and the rows of each.
-template <typename T>
-int choose(const T* decision, int64_t count, size_t arms, const at::TensorOptions& options, Tensors& rows) {
-  std::vector<int64_t> sizes(arms, 0);
-  for (int64_t i = 0; i < count; ++i) {
-    const auto arm = static_cast<size_t>(decision[i]);
-    TORCH_CHECK_INDEX(arm < arms, "a decision for arm ", static_cast<int64_t>(decision[i]), " of ", arms);
-    ++sizes[arm];
-  }
-  std::vector<int64_t*> next;
-  for (size_t arm = 0; arm < arms; ++arm) {
-    if (sizes[arm] == count) {
-      return static_cast<int>(arm);
-    }
-    rows.push_back(at::empty({sizes[arm]}, options));
-    next.push_back(rows.back().mutable_data_ptr<int64_t>());
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    *next[static_cast<size_t>(decision[i])]++ = i;
-  }
-  return -1;
-}
-
-int choice(const Tensor& decision, size_t arms, Tensors& rows) {
-  const auto options = decision.options().dtype(at::kLong);
-  if (decision.scalar_type() == at::kBool) {
-    const Tensor dense = decision.contiguous();
-    return choose(dense.const_data_ptr<bool>(), dense.numel(), arms, options, rows);
-  }
-  const Tensor dense = decision.to(at::kLong).contiguous();
-  return choose(dense.const_data_ptr<int64_t>(), dense.numel(), arms, options, rows);
-}
-
-// --- instructions -------------------------------------------------------------------------------
-
 // One call: how many rows ran in which region, and what forces decisions.
 struct Run {
   int64_t batch;
   py::object override;
+  bool fixed;                // whether it says the same in every call of a batch size
   std::vector<int64_t> rows; // by number of a name; -1: not at all
 
   bool forced() const {
@@ -275,9 +158,11 @@ struct Drop : Step {
   }
 };
 
+using Entry = void (*)(Tensor** inputs, Tensor** outputs);
+
 // A segment's program for one batch size.
 struct Compiled {
-  void (*entry)(Tensor**, Tensor**);
+  Entry entry;
   Tensor size;
   Tensors constants;
 };
@@ -290,7 +175,7 @@ struct Argument {
 
 struct Call : Step {
   py::object segment;
-  py::object native; // makes the program for a batch size; None: the segment is no C++
+  py::object native = py::none(); // makes the program for a batch size; None: the segment is no C++
   std::unordered_map<int64_t, Compiled> programs;
   std::vector<Argument> arguments;
   std::vector<int> dead;
@@ -298,7 +183,9 @@ struct Call : Step {
 
   explicit Call(py::handle step)
       : segment(step.attr("segment")), dead(list_of(step.attr("dead"))), results(list_of(step.attr("results"))) {
-    native = py::getattr(segment, "native", py::none());
+    if (py::hasattr(py::type::of(segment), "native")) {
+      native = segment.attr("native");
+    }
     for (py::handle given : step.attr("arguments")) {
       arguments.push_back(
           {given.attr("register").cast<int>(), format_of(given.attr("layout")), given.attr("copied").cast<bool>()});
@@ -313,32 +200,43 @@ struct Call : Step {
     auto found = programs.find(frame.count);
     if (found == programs.end()) {
       const auto made = native(frame.count).cast<py::tuple>();
-      Compiled program{reinterpret_cast<void (*)(Tensor**, Tensor**)>(made[0].cast<uintptr_t>()), border().tensor(made[1]), border().tensors(made[2])};
+      Compiled program{
+          reinterpret_cast<Entry>(made[0].cast<uintptr_t>()), border().tensor(made[1]), border().tensors(made[2])};
       found = programs.emplace(frame.count, std::move(program)).first;
     }
     const Compiled& program = found->second;
+    c10::SmallVector<Tensor, 16> values;
+    for (const Argument& argument : arguments) {
+      const Tensor& value = frame[argument.place];
+      if (!argument.layout) {
+        values.push_back(value);
+      } else {
+        values.push_back(argument.copied ? value.clone(argument.layout) : value.contiguous(*argument.layout));
+      }
+    }
+    frame.drop(dead);
     // The program owns what it is given, and we what it returns.
     c10::SmallVector<Tensor*, 32> given;
     given.push_back(new Tensor(program.size));
-    for (const Argument& argument : arguments) {
-      const Tensor& value = frame[argument.place];
-      given.push_back(new Tensor(
-          !argument.layout      ? value
-              : argument.copied ? value.clone(argument.layout)
-                                : value.contiguous(*argument.layout)));
+    for (Tensor& value : values) {
+      given.push_back(new Tensor(std::move(value)));
     }
     for (const Tensor& constant : program.constants) {
       given.push_back(new Tensor(constant));
     }
-    frame.drop(dead);
     c10::SmallVector<Tensor*, 8> made(results.size(), nullptr);
     program.entry(given.data(), made.data());
-    for (size_t i = 0; i < results.size(); ++i) {
-      const std::unique_ptr<Tensor> owned(made[i]);
-      frame[results[i]] = std::move(*owned);
-    }
     if (PyErr_Occurred()) {
       throw py::error_already_set();
+    }
+    for (size_t i = 0; i < results.size(); ++i) {
+      // Of equal outputs inductor returns one tensor several times.
+      if (std::find(made.begin() + i + 1, made.end(), made[i]) != made.end()) {
+        frame[results[i]] = *made[i];
+      } else {
+        const std::unique_ptr<Tensor> owned(made[i]);
+        frame[results[i]] = std::move(*owned);
+      }
     }
   }
 
@@ -351,6 +249,7 @@ struct Call : Step {
     const py::list given = border().objects(values);
     values.clear();
     Tensors made = border().tensors(segment(*given));
+    TORCH_CHECK(made.size() == results.size(), "a segment returned ", made.size(), " values, not ", results.size());
     for (size_t i = 0; i < results.size(); ++i) {
       frame[results[i]] = std::move(made[i]);
     }
@@ -376,15 +275,25 @@ struct Decision {
 
   Tensor value(Frame& frame, const Tensor& where) {
     const Tensor& made = frame[place];
-    if (!frame.run.forced()) {
+    const Run& run = frame.run;
+    if (!run.forced()) {
+      if (!by.is_none()) {
+        by = py::none();
+        forced.reset();
+      }
       return made;
     }
-    if (!by.is(frame.run.override) || batch != frame.run.batch) {
+    if (!run.fixed) {
+      const py::object index = where.defined() ? border().object(where) : py::none();
+      return border().tensor(run.override(name, border().object(made), index, run.batch * rows));
+    }
+    if (!by.is(run.override) || batch != run.batch) {
       const py::object given = border().object(made);
-      const py::object found = frame.run.override(name, given, py::none(), frame.run.batch * rows);
-      by = frame.run.override;
-      batch = frame.run.batch;
-      forced = found.is(given) ? Tensor() : border().tensor(found);
+      const py::object found = run.override(name, given, py::none(), run.batch * rows);
+      Tensor next = found.is(given) ? Tensor() : border().tensor(found);
+      forced = std::move(next);
+      batch = run.batch;
+      by = run.override;
     }
     if (!forced.defined()) {
       return made;
@@ -565,7 +474,10 @@ struct Split : Step {
     frame.drop(ungathered);
     for (size_t i = 0; i < arms.size(); ++i) {
       if (arms[i].code && rows[i].size(0)) {
-        const Tensor inner = !frame.run.forced() ? Tensor() : where.defined() ? where.index_select(0, rows[i]) : rows[i];
+        Tensor inner;
+        if (frame.run.forced()) {
+          inner = where.defined() ? where.index_select(0, rows[i]) : rows[i];
+        }
         values[i] = arms[i].code->run(std::move(values[i]), rows[i].size(0), inner, frame.run);
       }
     }
@@ -589,8 +501,10 @@ std::unique_ptr<Code> code_of(py::handle code, Names& names) {
       found->steps.push_back(std::make_unique<Split>(step, names));
     } else if (kind == "Share") {
       found->steps.push_back(std::make_unique<Share>(step, names));
-    } else {
+    } else if (kind == "Drop") {
       found->steps.push_back(std::make_unique<Drop>(step));
+    } else {
+      throw py::type_error("no instruction: " + kind);
     }
   }
   return found;
@@ -602,11 +516,13 @@ struct Program {
 
   explicit Program(py::handle root) : code(code_of(root, names)) {}
 
-  // As the Python function does: empties the list of values, fills in `run.rows`.
-  py::list call(const py::list& given, int64_t count, const py::object& /*index*/, const py::object& run) {
+  // As the Python function does, on all rows of a batch: empties the list of values, fills in `run.rows`.
+  py::list call(const py::list& given, int64_t count, const py::none& /*index*/, const py::object& run) {
     Tensors values = border().tensors(given);
     given.attr("clear")();
-    Run now{run.attr("batch").cast<int64_t>(), run.attr("override"), std::vector<int64_t>(names.all.size(), -1)};
+    const py::object override = run.attr("override");
+    const bool fixed = !override.is_none() && py::getattr(override, "fixed", py::bool_(false)).cast<bool>();
+    Run now{run.attr("batch").cast<int64_t>(), override, fixed, std::vector<int64_t>(names.all.size(), -1)};
     const Tensors found = code->run(std::move(values), count, Tensor(), now);
     const py::object rows = run.attr("rows");
     for (size_t i = 0; i < names.all.size(); ++i) {
@@ -621,5 +537,6 @@ struct Program {
 } // namespace
 
 PYBIND11_MODULE(dyncompile_native, module) {
+  border();
   py::class_<Program>(module, "Program").def(py::init<py::handle>()).def("__call__", &Program::call);
 }

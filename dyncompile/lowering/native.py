@@ -6,7 +6,9 @@ out of the caches. The interpreter (`native.cpp`) is compiled once a machine, as
 
 import ctypes
 import functools
+import importlib.machinery
 import importlib.util
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,15 @@ from torch import Tensor
 
 from dyncompile.lowering.instructions import Code, Program
 
+_SOURCES = ("rows.cpp", "native.cpp")
 _ENTRY = "_Z19inductor_entry_implPP16AtenTensorOpaqueS1_"
 """What the C++ that inductor generates for a segment exports."""
 
 
-def native_program(code: Code) -> Program:
-    """What carries out the instructions of a model on the processor."""
-    program: Program = _interpreter().Program(code)
-    return program
+def native_program(code: Code) -> Program | None:
+    """What carries out the instructions of a model on the processor; None where that cannot be compiled."""
+    interpreter = _interpreter()
+    return None if interpreter is None else interpreter.Program(code)
 
 
 def entry_point(run: Callable[[list[Any]], Sequence[Tensor]], arguments: int) -> tuple[int, list[Tensor]] | None:
@@ -58,15 +61,19 @@ def entry_point(run: Callable[[list[Any]], Sequence[Tensor]], arguments: int) ->
 
 @functools.cache
 def _interpreter() -> Any:
-    """The interpreter, compiled: a module of Python's."""
+    """The interpreter, compiled: a module of Python's; None where that fails."""
     from torch._inductor.codecache import CppCodeCache
+    from torch._inductor.exc import CppCompileError
 
     flags = {"include_pytorch": True, "shared": True}
     cache: Any = type("Extensions", (CppCodeCache,), {"cpp_compile_command_flags": flags})
-    path = cache.load(Path(__file__).with_suffix(".cpp").read_text())._name
-    spec = importlib.util.spec_from_file_location("dyncompile_native", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    source = "".join(Path(__file__).with_name(name).read_text() for name in _SOURCES)
+    try:
+        path = cache.load(source)._name
+        loader = importlib.machinery.ExtensionFileLoader("dyncompile_native", path)
+        module = importlib.util.module_from_spec(importlib.machinery.ModuleSpec(loader.name, loader, origin=path))
+        loader.exec_module(module)
+    except (CppCompileError, ImportError, OSError) as error:
+        warnings.warn(f"lowered models run slower, for their interpreter cannot be built: {error}", stacklevel=2)
+        return None
     return module

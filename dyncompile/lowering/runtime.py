@@ -13,7 +13,11 @@ if TYPE_CHECKING:
     from dyncompile.lowering.inductor import CompiledSegment
 
 Override = Callable[[str, Tensor, Tensor | None, int], Tensor]
-"""Replaces a decision, given its name, its value, which of all rows it is about (None: all), and how many there are."""
+"""Replaces a decision, given its name, its value, which of all rows it is about (None: all), and how many there are.
+
+One with a true attribute `fixed` says the same in every call of a batch size, or always returns the value that it is
+given: it may be asked once, about all rows.
+"""
 
 Segments = Mapping[Segment, Callable[..., Sequence[Tensor]]]
 

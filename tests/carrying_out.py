@@ -12,7 +12,7 @@ def same_in_both(fast, *args, **kwargs):
     kept = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
     own, runs = fast._program, []
     try:
-        for program in (python_program(fast._code)[0], native_program(fast._code)):
+        for program in (python_program(fast._code), native_program(fast._code)):
             fast._program = program
             with torch.no_grad():
                 runs.append((pytree.tree_leaves(fast(*args, **kwargs)), fast.last_run))

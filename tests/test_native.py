@@ -62,7 +62,7 @@ def choosing(arms, *, dim=0, entries=1, base=None, finer=1, copied=True):
 def results(code, *values, count):
     """Outputs and counted rows, in Python and in C++."""
     found = []
-    for program in (python_program(code)[0], native_program(code)):
+    for program in (python_program(code), native_program(code)):
         run = Run(count)
         found.append((program([v.clone() for v in values], count, None, run), run.rows))
     return found
@@ -167,7 +167,7 @@ def test_nothing_is_kept_alive():
     )
     value = torch.randn(2, 2)
     before = sys.getrefcount(value)
-    for program in (python_program(code)[0], native_program(code)):
+    for program in (python_program(code), native_program(code)):
         program([value], 2, None, Run(2))
         assert sys.getrefcount(value) == before
     assert counts[1] <= counts[0]
@@ -228,7 +228,7 @@ def test_what_replaces_decisions_is_asked_about_the_rows_at_hand(finer):
     code = dataclasses.replace(outer, steps=(dataclasses.replace(split, arms=(split.arms[0], nested)),))
     decision = torch.arange(4 * finer) % 2 == 0
     asked = []
-    for program in (python_program(code)[0], native_program(code)):
+    for program in (python_program(code), native_program(code)):
         notes = []
         for _ in range(2):
 

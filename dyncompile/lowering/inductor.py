@@ -22,6 +22,7 @@ code by source.
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -117,12 +118,13 @@ def compile_module(
     return CompiledSegment(module, example_inputs, inputs, cudagraphs=cudagraphs)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True)
 class _Program:
     """What inductor made, and the assumptions under which it is right.
 
     Attributes:
         run: Takes a list of the batch size and the tensors, and empties it.
+        inputs: How many tensors.
         wrapped: Whether the code that calls the kernels is C++, which reads the batch size from a tensor.
         symbol: The batch size, a sympy symbol.
         guards: What was assumed of it, sympy relations.
@@ -133,6 +135,7 @@ class _Program:
     """
 
     run: Callable[[list[Any]], Sequence[Tensor]]
+    inputs: int
     wrapped: bool
     symbol: Any
     guards: tuple[Any, ...]
@@ -145,6 +148,11 @@ class _Program:
         if self.only is not None:
             return batch == self.only
         return all(guard.subs(self.symbol, batch) for guard in self.guards)
+
+    @functools.cached_property
+    def entry(self) -> tuple[int, list[Tensor]] | None:
+        """Where it starts, and what it reads behind the batch size and the tensors; None if it is not C++."""
+        return entry_point(self.run, 1 + self.inputs) if self.wrapped else None
 
     def at(self, batch: int) -> Callable[[list[Any]], Sequence[Tensor]]:
         """`run` for one batch size."""
@@ -201,7 +209,6 @@ class CompiledSegment:
         self._weights = found[1] if found else None
         self._like = like
         self._programs: list[_Program] = []
-        self._entries: dict[_Program, tuple[int, list[Tensor]] | None] = {}
         self.serving: dict[int, Callable[[list[Any]], Sequence[Tensor]]] = {}
         self.warmup([max(batch, 2)])
 
@@ -249,17 +256,12 @@ class CompiledSegment:
     @property
     def native(self) -> Callable[[int], tuple[int, Tensor, list[Tensor]]] | None:
         """For a batch size where its program starts, its first argument and its last ones; None if it is not C++."""
-        return None if self._entry(self._programs[0]) is None else self._native
+        return None if self._programs[0].entry is None else self._native
 
     def _native(self, batch: int) -> tuple[int, Tensor, list[Tensor]]:
-        found = self._entry(self._program(batch))
+        found = self._program(batch).entry
         assert found is not None
         return found[0], torch.tensor(batch), found[1]
-
-    def _entry(self, program: _Program) -> tuple[int, list[Tensor]] | None:
-        if program not in self._entries:
-            self._entries[program] = entry_point(program.run, 1 + len(self._inputs)) if program.wrapped else None
-        return self._entries[program]
 
     def _program(self, batch: int) -> _Program:
         """The program for a batch size, compiled if there is none yet."""
@@ -354,6 +356,7 @@ class CompiledSegment:
         guards = tuple(guard.expr for guard in env.guards if not _picks_eager_kernel(guard))
         return _Program(
             run=code[0].current_callable,
+            inputs=len(self._inputs),
             wrapped=bool(patches["cpp_wrapper"]),
             symbol=symbol,
             guards=guards,

@@ -22,7 +22,7 @@ from dyncompile.lowering.plan import Block, Conditional, Plan, make_plan
 from dyncompile.lowering.program import write_program
 from dyncompile.lowering.runtime import Override, Run, Segments, is_compiled
 from dyncompile.lowering.segments import live, segment_module
-from dyncompile.lowering.source import python_program
+from dyncompile.lowering.source import python_program, python_source
 from dyncompile.module import DynamicModule, disabled_decisions
 from dyncompile.values import sizes
 
@@ -75,7 +75,7 @@ class LoweredModule(nn.Module):
     @property
     def source(self) -> str:
         """What runs between the segments, as Python code; on a processor C++ carries it out instead."""
-        return python_program(self._code)[1]
+        return python_source(self._code)
 
     @property
     def dynamic(self) -> DynamicModule:
@@ -135,9 +135,8 @@ class LoweredModule(nn.Module):
     def carry_out(self, code: Code) -> Program:
         """What runs instructions: C++ where the segments are that too, else Python."""
         compiled = [segment for segment in self._segments.values() if is_compiled(segment)]
-        if compiled and not self.buckets and all(segment.native for segment in compiled):
-            return native_program(code) or python_program(code)[0]
-        return python_program(code)[0]
+        native = compiled and not self.buckets and all(segment.native for segment in compiled)
+        return (native_program(code) if native else None) or python_program(code)
 
     def examples(self, batch: int = 4) -> dict[fx.Node, Any]:
         """A value for every value that crosses a border of the plan, in the layout that it has.

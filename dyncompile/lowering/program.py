@@ -174,9 +174,11 @@ class _BlockWriter:
         """Split the rows, run each arm on those that take it, put the results together."""
         unit = step.unit
         blocks = [self.writer.block(arm, self.gathered_layouts(arm)) if arm else None for arm in step.arms]
-        bases = {s: next((v for i, v in enumerate(arms_of(s)) if not _inside(step, i, v)), None) for s in step.selects}
+        sources = {s: arms_of(s) for s in step.selects}
+        outside = {s: [v for i, v in enumerate(values) if not _inside(step, i, v)] for s, values in sources.items()}
+        bases = {s: next(iter(values), None) for s, values in outside.items()}
+        read_late = {v for values in outside.values() for v in values}
         gone = [n for n in dead if n not in step.selects]
-        merged_late = {v for s in step.selects for j, v in enumerate(arms_of(s)) if not _inside(step, j, v)}
         decision = self.place(unit.decision)
         arms = tuple(self.arm(step, i, written, bases, dead) for i, written in enumerate(blocks))
         self.steps.append(
@@ -187,11 +189,10 @@ class _BlockWriter:
                 finer=unit.rows // self.block.rows,
                 arms=arms,
                 dead=self.places(gone),
-                ungathered=self.places(n for n in gone if n not in merged_late),
+                ungathered=self.places(n for n in gone if n not in read_late),
                 merged=tuple(self.merge(step, select, bases[select], dead) for select in step.selects),
             )
         )
-        sources = {s: arms_of(s) for s in step.selects}
         for select in step.selects:
             found = {self.layout_of(v, blocks[i]) for i, v in enumerate(sources[select])}
             if len(found) == 1 and None not in found:
@@ -239,17 +240,19 @@ class _BlockWriter:
         values = {s: arms_of(s)[index] for s in step.selects}
         inside = list(block.outputs) if block else []
         outside = {v for v in values.values() if v not in inside}
+        needed = block.inputs if block else ()
+        taken = written.taken if written else set()
         given = []
-        for node in block.inputs if block and written else ():
-            kept = written is not None and node in written.taken and (node in outside or not self.take(node, dead))
-            given.append((self.place(node), kept))
+        for node in needed:
+            copied = node in taken and (node in outside or not self.take(node, dead))
+            given.append((self.place(node), copied))
         return Arm(
             code=written.code if written else None,
             wanted=block is not None or any(v is not bases[s] for s, v in values.items()),
             moved=tuple((self.place(s), self.place(v)) for s, v in values.items() if v not in inside),
             given=tuple(given),
             results=tuple((self.place(s), inside.index(v)) for s, v in values.items() if v in inside),
-            gathered=tuple(self.gather(n, step.unit.rows) for n in (block.inputs if block else ())),
+            gathered=tuple(self.gather(n, step.unit.rows) for n in needed),
         )
 
     def gather(self, node: fx.Node, rows: int) -> Gather:

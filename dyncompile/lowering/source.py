@@ -14,15 +14,23 @@ from dyncompile.lowering.runtime import choice, gather, is_compiled, merge, with
 _names = itertools.count()
 
 
-def python_program(code: Code) -> tuple[Program, str]:
-    """The function that carries out instructions, and the source of it and of those that it calls."""
+def python_source(code: Code) -> str:
+    """The source of the function that carries out instructions, behind that of those that it calls."""
+    writer = _Writer()
+    writer.function(code)
+    return writer.source
+
+
+def python_program(code: Code) -> Program:
+    """The function that carries out instructions."""
     writer = _Writer()
     root = writer.function(code)
-    source = "\n".join(writer.lines)
+    source = writer.source
     name = f"<dyncompile program {next(_names)}>"
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
     exec(compile(source, name, "exec"), writer.bound)  # noqa: S102 - written here
-    return writer.bound[root], source
+    program: Program = writer.bound[root]
+    return program
 
 
 class _Writer:
@@ -30,6 +38,11 @@ class _Writer:
         self.lines: list[str] = []
         self.bound: dict[str, Any] = {"choice": choice, "gather": gather, "merge": merge, "within": within}
         self.count = itertools.count()
+
+    @property
+    def source(self) -> str:
+        """What was written."""
+        return "\n".join(self.lines)
 
     def function(self, code: Code) -> str:
         """Write a block's function, behind those that it calls; its name."""
